@@ -1,0 +1,1 @@
+"""A compiler for pretrained transformers: capture, rewrite, check, save, serve."""

@@ -1,0 +1,360 @@
+"""Any model to one canonical graph."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+from torch.fx.graph import CodeGen
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from rewriter import attention_interface
+from rewriter.errors import CaptureError, RewriterError
+from rewriter.graph import Graph, aten
+
+#: Inputs that we know how to make examples of, in the order of the graph's inputs.
+BATCH, LENGTH = 2, 12
+ASSERTIONS = ("_assert", "sym_constrain", "_guards_fn")
+
+
+def capture(model: nn.Module | str | Path, *, meta: bool = False, example: Any = None) -> Graph:
+    """Capture a model as a canonical graph.
+
+    Args:
+        model: a transformers model, any `nn.Module`, a local folder, a `.gguf` file or a
+            Hub id.
+        meta: with a folder or an id, build the model on the meta device: no weights are read.
+        example: for a plain module, a tuple of example inputs whose first two dimensions
+            are batch and sequence.
+
+    Raises:
+        CaptureError: the model cannot be exported as one graph; the message says where.
+    """
+    if not isinstance(model, nn.Module):
+        from rewriter.loading import load_model
+
+        model = load_model(model, meta=meta)
+    if isinstance(model, PreTrainedModel):
+        return _capture_transformers(model)
+    if example is None:
+        raise CaptureError(
+            f"{type(model).__name__} is not a transformers model, so its inputs are unknown",
+            "give `example=` with a tuple of example inputs",
+        )
+    return _capture_plain(model, example)
+
+
+# ---- transformers -------------------------------------------------------------------------
+
+
+def example_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Small inputs for a model, by the names of its forward; the mask is padded."""
+    config, names = model.config, inspect.signature(model.forward).parameters
+    device = model.device
+    text = config.get_text_config(decoder=True) if config.is_encoder_decoder else config
+    text = getattr(text, "text_config", None) or text
+    vocabulary = min(getattr(text, "vocab_size", None) or 16, 200)
+    generator = torch.Generator().manual_seed(0)
+    pad = getattr(text, "pad_token_id", None) or 0
+
+    def tokens(length: int = LENGTH) -> Tensor:
+        ids = torch.randint(3, max(vocabulary, 5), (BATCH, length), generator=generator)
+        return ids.masked_fill(ids == pad, 2 if pad != 2 else 3).to(device)
+
+    def mask(length: int = LENGTH) -> Tensor:
+        ones = torch.ones(BATCH, length, dtype=torch.long, device=device)
+        ones[0, : length // 3] = 0
+        return ones
+
+    inputs: dict[str, Tensor] = {}
+    if "pixel_values" in names:
+        vision = getattr(config, "vision_config", None) or config
+        size = vision.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        channels = getattr(vision, "num_channels", 3)
+        shape = (BATCH, channels, height, width)
+        inputs["pixel_values"] = torch.randn(shape, generator=generator).to(device)
+    if "input_features" in names:  # audio: [B, mel bins, frames], two frames a position
+        frames = 2 * config.max_source_positions
+        shape3 = (BATCH, config.num_mel_bins, frames)
+        inputs["input_features"] = torch.randn(shape3, generator=generator).to(device)
+    if "input_ids" in names and "input_features" not in inputs:
+        inputs["input_ids"] = tokens()
+        inputs["attention_mask"] = mask()
+    if "decoder_input_ids" in names:
+        inputs["decoder_input_ids"] = tokens(LENGTH - 3)
+    if generates(model) and "position_ids" in names:
+        inputs["position_ids"] = (inputs["attention_mask"].cumsum(-1) - 1).clamp_min(0)
+    elif "token_type_ids" in names and getattr(config, "type_vocab_size", 0):
+        inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
+    for image_token in ("image_token_id", "image_token_index"):
+        if getattr(config, image_token, None) is not None and "pixel_values" in inputs:
+            inputs["input_ids"] = _place_images(model, inputs, getattr(config, image_token))
+            inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    if not inputs:
+        raise CaptureError(f"no input of {type(model).__name__} is known", "pass an nn.Module")
+    return inputs
+
+
+def _place_images(model: PreTrainedModel, inputs: dict[str, Tensor], token: int) -> Tensor:
+    vision = model.config.vision_config
+    patches = (vision.image_size // vision.patch_size) ** 2
+    images = torch.full((BATCH, patches), token, device=model.device)
+    return torch.cat([inputs["input_ids"][:, :4], images, inputs["input_ids"][:, 4:]], 1)
+
+
+def generates(model: PreTrainedModel) -> bool:
+    """A decoder-only model that generates text and so gets state."""
+    return model.can_generate() and not model.config.is_encoder_decoder
+
+
+@contextmanager
+def _quiet(model: PreTrainedModel) -> Iterator[None]:
+    """Eval mode, no cache, our attention; everything is put back afterwards."""
+    configs = [c for c in (model.config, *_sub_configs(model)) if hasattr(c, "use_cache")]
+    caches = [c.use_cache for c in configs]
+    implementation = model.config._attn_implementation
+    training = model.training
+    model.eval()
+    try:
+        for c in configs:
+            c.use_cache = False
+        model.set_attn_implementation(attention_interface.NAME)
+        yield
+    finally:
+        model.set_attn_implementation(implementation)
+        for c, value in zip(configs, caches, strict=True):
+            c.use_cache = value
+        model.train(training)
+
+
+def _sub_configs(model: PreTrainedModel) -> list[Any]:
+    return [m.config for m in model.modules() if isinstance(m, PreTrainedModel)]
+
+
+def _capture_transformers(model: PreTrainedModel) -> Graph:
+    inputs = example_inputs(model)
+    batch, length = torch.export.Dim("batch"), torch.export.Dim("length")
+    total, target = torch.export.Dim("total"), torch.export.Dim("target")
+    stateful = generates(model) and "position_ids" in inputs
+    seen: dict[str, Any] = {}
+
+    class Wrapper(nn.Module):  # flat tensor inputs, flat tensor outputs
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
+            output = self.model(**dict(zip(inputs, values, strict=True)), return_dict=True)
+            flat = {k: v for k, v in output.items() if isinstance(v, Tensor)}
+            seen["keys"], seen["class"] = list(flat), type(output)
+            return tuple(flat.values())
+
+    def dynamic(name: str, value: Tensor) -> dict[int, Any]:
+        if name == "pixel_values":
+            return {0: batch if "input_ids" not in inputs else torch.export.Dim.AUTO}
+        if name == "input_features":
+            return {0: batch}
+        if name == "decoder_input_ids":
+            return {0: batch, 1: target}
+        if name == "attention_mask" and stateful:
+            return {0: batch, 1: total}
+        return {0: batch, 1: length}
+
+    auto = {k: {d: torch.export.Dim.AUTO for d in dynamic(k, v)} for k, v in inputs.items()}
+    with torch.no_grad(), attention_interface.session() as session, _quiet(model):
+        wrapper = Wrapper().eval()
+        if any(p.is_meta for p in model.parameters()):
+            with torch.device("meta"):
+                wrapper(*inputs.values())
+        else:
+            wrapper(*inputs.values())
+        session.start_export()
+        shapes = dict(inputs)
+        if stateful:  # the mask's length must be a symbol of its own
+            extra = torch.ones(BATCH, 5, dtype=torch.long, device=model.device)
+            shapes["attention_mask"] = torch.cat([inputs["attention_mask"], extra], 1)
+        try:
+            program = _export(wrapper, shapes, auto)
+        except RewriterError:
+            raise
+        except Exception as first:
+            if not stateful:
+                raise _explain(model, first) from first
+            # Some models tie the mask's length to the tokens' (falcon, bloom): no state then.
+            session.start_export()
+            try:
+                program = _export(wrapper, inputs, auto)
+            except Exception as error:
+                raise _explain(model, error) from error
+    graph = _canonical(program, prefix="model.")
+    graph.config = model.config
+    graph.model_class = type(model).__name__
+    graph.outputs = seen["keys"]
+    graph.output_class = f"{seen['class'].__module__}.{seen['class'].__qualname__}"
+    graph.inputs = list(inputs)
+    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+    for node, name in zip(placeholders, inputs, strict=True):
+        node.target = name
+        node._rename(name)
+    graph.recompile()
+    if stateful:
+        graph.default_positions = _default_positions(model)
+    return graph
+
+
+def _export(module: nn.Module, inputs: dict[str, Tensor], shapes: dict[str, Any]) -> Any:
+    return torch.export.export(
+        module, tuple(inputs.values()), dynamic_shapes=(tuple(shapes.values()),), strict=False
+    )
+
+
+def _explain(model: nn.Module, error: Exception) -> CaptureError:
+    first = str(error).strip().splitlines()[0][:300] if str(error).strip() else repr(error)
+    return CaptureError(f"{type(model).__name__} could not be exported as one graph: {first}")
+
+
+def _default_positions(model: PreTrainedModel) -> str:
+    """What the original does without position_ids: count columns, or real tokens."""
+    if any(p.is_meta for p in model.parameters()):
+        return "column"
+    inputs = example_inputs(model)
+    mask = inputs["attention_mask"]
+    columns = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
+    real = (mask.cumsum(-1) - 1).clamp_min(0)
+    with torch.no_grad():
+        given = {k: v for k, v in inputs.items() if k != "position_ids"}
+        truth, by_column, by_mask = (
+            model(**given, **extra, use_cache=False).logits[0, -1]
+            for extra in ({}, {"position_ids": columns}, {"position_ids": real})
+        )
+    near = (truth - by_column).abs().max() <= (truth - by_mask).abs().max()
+    return "column" if near else "mask"
+
+
+# ---- plain modules ------------------------------------------------------------------------
+
+
+def _capture_plain(model: nn.Module, example: Any) -> Graph:
+    args = example if isinstance(example, tuple) else (example,)
+    shapes = tuple(
+        {d: torch.export.Dim.AUTO for d in range(min(2, a.dim()))} if isinstance(a, Tensor) else None
+        for a in args
+    )
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            program = torch.export.export(model, args, dynamic_shapes=shapes, strict=False)
+    except Exception as error:
+        raise _explain(model, error) from error
+    finally:
+        model.train(training)
+    graph = _canonical(program, prefix="")
+    graph.model_class = type(model).__name__
+    graph.inputs = [n.target for n in graph.nodes if n.op == "placeholder"]
+    return graph
+
+
+# ---- canonical form -----------------------------------------------------------------------
+
+
+def _canonical(program: Any, prefix: str) -> Graph:
+    exported = program.module()
+    graph = exported.graph
+    for node in list(graph.nodes):
+        if any(word in str(node.target) for word in ASSERTIONS) and node.op != "placeholder":
+            graph.erase_node(node)
+    for node in graph.nodes:
+        stack = list((node.meta.get("nn_module_stack") or {}).values())
+        path = str(stack[-1][0]) if stack else ""
+        node.meta["path"] = path.removeprefix(prefix.rstrip(".")).removeprefix(".")
+    for node in list(graph.nodes):
+        _strip(graph, node)
+    graph.set_codegen(CodeGen())
+    root = _Root()
+    _copy_tensors(exported, root, graph, prefix)
+    module = GraphModule(root, graph)
+    _flatten_output(module)
+    for node in module.graph.nodes:  # the same tensor read twice is one node
+        node.meta = {k: v for k, v in node.meta.items() if k in ("val", "path")}
+    from rewriter.lift import lift
+
+    misses = lift(module)
+    module.graph.eliminate_dead_code()
+    module.graph.lint()
+    module.recompile()
+    result = Graph(module=module, near_misses=misses)
+    result.source_tensors = {name for name, _ in result.parameters()}
+    return result
+
+
+class _Root(nn.Module):
+    """Holder of the tensors of a graph."""
+
+
+def _copy_tensors(source: nn.Module, root: nn.Module, graph: torch.fx.Graph, prefix: str) -> None:
+    """Share the tensors that the graph reads, under their original names; ties become one."""
+    names: dict[int, str] = {}
+    for node in graph.nodes:
+        if node.op != "get_attr":
+            continue
+        owner, _, leaf = str(node.target).rpartition(".")
+        tensor = getattr(source.get_submodule(owner), leaf)
+        name = names.setdefault(id(tensor), str(node.target).removeprefix(prefix))
+        node.target = name
+        node.meta["path"] = name.rpartition(".")[0]
+        parent = root
+        *folders, leaf = name.split(".")
+        for part in folders:
+            if not hasattr(parent, part):
+                parent.add_module(part, nn.Module())
+            parent = getattr(parent, part)
+        if isinstance(tensor, nn.Parameter):
+            parent.register_parameter(leaf, tensor)
+        elif not hasattr(parent, leaf):
+            parent.register_buffer(leaf, tensor)
+
+
+def _strip(graph: torch.fx.Graph, node: Node) -> None:
+    """Remove ops that do nothing at inference."""
+    same: Any = None
+    if node.target in (aten.dropout.default, aten.lift_fresh_copy.default, aten.alias.default):
+        same = node.args[0]
+    elif node.target in (aten.detach.default, aten.detach_.default):
+        same = node.args[0]
+    elif node.target is aten.to.dtype and len(node.args) > 1:
+        value = node.args[0].meta.get("val")
+        if isinstance(value, Tensor) and value.dtype == node.args[1]:
+            same = node.args[0]
+    if isinstance(same, Node):
+        node.replace_all_uses_with(same)
+        graph.erase_node(node)
+
+
+def _flatten_output(module: GraphModule) -> None:
+    output = next(n for n in module.graph.nodes if n.op == "output")
+    value = output.args[0]
+    if isinstance(value, Node):
+        value = (value,)
+    output.args = (tuple(value),)
+
+
+def model_output(class_path: str, values: dict[str, Tensor]) -> ModelOutput | dict[str, Tensor]:
+    """Rebuild the original's output class from the graph's outputs."""
+    import importlib
+
+    module, _, name = class_path.rpartition(".")
+    if not module.startswith("transformers."):
+        return values
+    return getattr(importlib.import_module(module), name)(**values)
+
+
+__all__ = ["capture", "example_inputs", "generates", "model_output"]
