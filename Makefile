@@ -25,4 +25,4 @@ demo: assets
 check: $(STAMP)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
-	$(PYTHON) -m mypy -p rewriter
+	$(PYTHON) -m mypy rewriter passes kernels backends tools

@@ -39,9 +39,9 @@ class GateOptions(_Strict):
     per token above which the run fails (None: recorded only).
     """
 
-    sequences: int = Field(4, ge=1)
-    length: int = Field(512, ge=2)
-    max_kl: float | None = Field(None, ge=0, allow_inf_nan=False)
+    sequences: int = Field(default=4, ge=1)
+    length: int = Field(default=512, ge=2)
+    max_kl: float | None = Field(default=None, ge=0, allow_inf_nan=False)
 
 
 class Step(_Strict):
@@ -88,10 +88,10 @@ class Plan(_Strict):
     """
 
     version: Literal[1] = 1
-    steps: list[Step] = Field(min_length=1)
+    steps: list[Step] = Field(default_factory=list)
     data: str | list[str] | None = None
-    seed: int = Field(0, ge=0, lt=2**63)
-    gate: GateOptions = Field(default_factory=GateOptions)
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    gate: GateOptions = GateOptions()
 
     @model_validator(mode="before")
     @classmethod
@@ -121,7 +121,11 @@ class Plan(_Strict):
             raise PlanError(f"{where} is {what}", "start with 'steps:' and a list of steps")
         if wrong := [key for key in data if not isinstance(key, str)]:
             raise PlanError(f"{where}: the key {wrong[0]!r} is not a string", "quote it")
-        return cls(**data)
+        plan = cls(**data)
+        # In Python a plan without steps is the identity; a file that has none is a slip.
+        if "steps" not in data:
+            raise PlanError(f"{where}: 'steps' is missing", "start with 'steps:' and a list")
+        return plan
 
     def to_yaml(self) -> str:
         """The plan as YAML; `from_yaml` reads it back to an equal plan."""
@@ -142,7 +146,7 @@ class Plan(_Strict):
             inner = options.pop("$defs", {})
             definitions |= {f"{name}.{key}": value for key, value in inner.items()}
             options["title"] = name
-            options["description"] = _first_line(known)
+            options["description"] = first_line(known)
             options["properties"] = {"pass": {"const": name}, **options["properties"]}
             options["required"] = ["pass", *options.get("required", [])]
             definitions[name] = options
@@ -152,7 +156,8 @@ class Plan(_Strict):
         return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 
-def _first_line(known: type[Pass]) -> str:
+def first_line(known: type[Pass]) -> str:
+    """First line of a pass's docstring."""
     return next(iter((known.__doc__ or "").strip().splitlines()), "")
 
 

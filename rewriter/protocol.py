@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from typing import Any, ClassVar
@@ -137,6 +137,18 @@ class Pass(ABC):
     @abstractmethod
     def rewrite(self, graph: Graph, site: Site) -> Made:
         """Rewrite one site: graph and tensors together."""
+
+
+    def expected(
+        self, site: Site, original: Callable[[str], Any], output: Tensor
+    ) -> Tensor | None:
+        """What the rewritten site must give on the original's activations, or None.
+
+        An independent, slow statement of what the pass does, so that the gate can tell a wrong
+        rewrite from a lossy one. `original(name)` is the value of a node of the original graph;
+        `output` the original's output at the site.
+        """
+        return None
 
 
 REGISTRY: dict[str, type[Pass]] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from rewriter.errors import PlanError
 from rewriter.protocol import NearMiss, PassConfig, Site
@@ -87,7 +87,7 @@ def _nothing(
     what: str,
     pattern: str | None,
     everything: list[Site | NearMiss],
-    near: list[Site | NearMiss],
+    near: Sequence[Site | NearMiss],
     name: str,
 ) -> PlanError:
     """The error for an empty selection: reasons of near misses, nearest path, way out."""

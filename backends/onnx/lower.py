@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-#: Added to a logit that must not be seen; finite, because a row of -inf makes ORT return NaN.
-HIDDEN = -1e9
+#: Stands for the logit of a hidden key: finite, so that a row of padding is no NaN; in float16 too.
+HIDDEN = -3e4
 
 
 def _emit(
@@ -58,7 +58,6 @@ def group_query_attention(
     value: Tensor,
     past_key: Tensor,
     past_value: Tensor,
-    total: Tensor,
     bias: Tensor | None,
     sink_logits: Tensor | None,
     scale: float,
@@ -70,19 +69,19 @@ def group_query_attention(
     Args:
         query: [B, H, L, D]; key, value: [B, Hk, L, D], the new tokens only.
         past_key, past_value: [B, Hk, P, D]; P may be 0. The operator appends to them.
-        total: [B, T], any tensor of T = P + L columns (the padding mask).
-        bias: [B or 1, H or 1, L, T] or None.
+        bias: [B or 1, H or 1, L, P + L] or None.
 
     Returns: output [B, L, H, D], present_key and present_value [B, Hk, P + L, D].
     """
     batch, heads, length, width = query.shape
     groups = key.shape[1]
     rows = lambda t: t.transpose(1, 2).reshape(batch, length, -1)  # noqa: E731
-    columns = torch.ones_like(total[:, 0], dtype=torch.int32) * (total.shape[1] - 1)
-    count = torch.full((1,), 1, dtype=torch.int32) * total.shape[1]
-    present = (batch, groups, past_key.shape[2] + length, width)
-    inputs = [rows(query), rows(key), rows(value), past_key, past_value, columns.int()]
-    inputs += [count.int(), None, None, None, bias, sink_logits]
+    total = past_key.shape[2] + length
+    last = torch.full((batch,), total - 1, dtype=torch.int32)  # padding is in the bias
+    count = torch.full((1,), total, dtype=torch.int32)
+    present = (batch, groups, total, width)
+    inputs = [rows(query), rows(key), rows(value), past_key, past_value, last, count]
+    inputs += [None, None, None, bias, sink_logits]
     while inputs[-1] is None:
         inputs.pop()
     attributes: dict[str, object] = {

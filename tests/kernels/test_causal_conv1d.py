@@ -19,7 +19,7 @@ def make(length: int, k: int = 4, batch: int = 2, seed: int = 0) -> dict[str, Te
 
 
 def written_out(x, weight, bias, state, mask=None, activation="silu"):
-    """Independent of the reference: torch's own convolution over [state | x]."""
+    """Independent of `reference.py`: torch's own convolution over [state | x]."""
     x = x if mask is None else x * mask[..., None].to(x.dtype)
     inputs = torch.cat([state, x.transpose(1, 2)], -1)
     y = torch.nn.functional.conv1d(inputs, weight[:, None], bias, groups=weight.shape[0])

@@ -1,0 +1,376 @@
+"""Causal attention to a Mamba-2 mixer that starts from the attention's own weights."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from math import log, sqrt
+from typing import Any, Literal
+
+import torch
+from pydantic import NonNegativeFloat, PositiveInt, model_validator
+from torch import Tensor
+
+import rewriter.kernels.causal_conv1d
+import rewriter.kernels.ssd  # noqa: F401  both register their op
+from rewriter.errors import PlanError
+from rewriter.graph import Graph, Linear, aten
+from rewriter.passes._region import Caller, Region, find_region
+from rewriter.protocol import Calibration, Contract, Made, NearMiss, Pass, PassConfig, Site
+
+CONV = torch.ops.rewriter.causal_conv1d.default
+SSD = torch.ops.rewriter.ssd.default
+EPS = 1e-5
+UNIT_GATE = 1.2785  # silu(1.2785) = 1
+HALF_LIVES = {"calibrated": (1.0, 64.0), "long_decay": (8.0, 2048.0)}  # tokens
+FLOATS = 2**28  # values of the original that `prepare` holds at once
+
+
+class Config(PassConfig):
+    """Options of `mamba2`.
+
+    init: what the tensors that attention does not have start from.
+        matvlm: as published; random gate, step and convolution.
+        calibrated: convolution of the current token alone, no activation, gate 1, no skip,
+            half-lives from 1 to 64 tokens over the heads. The best start after the fit.
+        long_decay: the same with half-lives from 8 to 2048.
+        linear_attention: neither decay, gate nor norm: y = tril(Q Kᵀ) V.
+    fit: output_projection refits the output projection and its bias on the calibration text
+        by ridge regression; none leaves it as it was (only a start for training).
+    ridge: weight of the penalty, in units of the mean squared feature.
+    bias: keep the attention's biases (and the gate's, which inits other than matvlm need).
+    """
+
+    init: Literal["calibrated", "matvlm", "long_decay", "linear_attention"] = "calibrated"
+    fit: Literal["output_projection", "none"] = "output_projection"
+    conv_kernel: PositiveInt = 4
+    bias: bool = True
+    seed: int = 0
+    ridge: NonNegativeFloat = 1e-4
+
+    @model_validator(mode="after")
+    def _gate_needs_bias(self) -> Config:
+        if not self.bias and self.init in HALF_LIVES:
+            raise ValueError(f"init {self.init} keeps its gate open with a bias: set bias: true")
+        return self
+
+
+@dataclass(frozen=True)
+class Mixer:
+    """Tensors of one mixer by name, and what they leave open.
+
+    in_proj.weight: [z | x | B | C | dt, D] with H d, Hk d, Hk d, H d and H rows (z only with a
+    gate). conv1d.weight: [(H + 2 Hk) d, k]. A_log, dt_bias, D: [H] float32. norm.weight: [H d].
+    out_proj.weight: [D, H d]. Absent where not used: in_proj.bias, norm.weight, out_proj.bias.
+    """
+
+    tensors: dict[str, Tensor]
+    heads: int
+    kv_heads: int
+    width: int
+    activation: str = "none"
+    gate: bool = True
+    norm: bool = True
+
+
+class Mamba2(Pass):
+    """Softmax attention becomes a Mamba-2 layer: C = query, B = key, x = value.
+
+    Positions, softmax and scale are dropped; order comes from the decay and the convolution.
+    Contract: needs recovery. init linear_attention with fit none is exactly unnormalised
+    causal linear attention.
+    Source: MaTVLM, arXiv 2503.13440 (weights); Dao and Gu, arXiv 2405.21060 (the mixer).
+    """
+
+    name, contract = "mamba2", Contract.NEEDS_RECOVERY
+    Config = Config
+    needs_calibration = True
+
+    def __init__(self, config: PassConfig | None = None, **options: Any) -> None:
+        super().__init__(config, **options)
+        self.needs_calibration = self.config.fit != "none"  # type: ignore[misc]
+        self._fitted: dict[str, tuple[Mixer, dict[str, Any]]] = {}
+
+    def sites(self, graph: Graph) -> Iterator[Site | NearMiss]:
+        for a in graph.attention:
+            found = find_region(a)
+            if isinstance(found, str):
+                yield NearMiss(a.path, a.node, found, a.layer)
+            else:
+                yield Site(a.path, found.output, a.layer, a.kind)
+
+    def prepare(self, graph: Graph, sites: list[Site], calibration: Calibration | None) -> None:
+        """Fit every site's output projection to what the original attention put out.
+
+        Uses `calibration.sequences`: the recurrence needs whole sequences, not single tokens.
+
+        Raises:
+            PlanError: a fit is asked for and there is no calibration text.
+        """
+        self._fitted = {}
+        if self.config.fit == "none":
+            return
+        if calibration is None:
+            raise PlanError(
+                "mamba2 fits its output projection on text, and there is none",
+                "give calibration data, or set `fit: none` for a start that needs training",
+            )
+        regions = {s.name: _find(graph, s) for s in sites}
+        for group in _groups(regions, FLOATS // max(1, calibration.tokens)):
+            values = calibration.sequences([n for r in group for n in (r.hidden, r.output)])
+            for r in group:
+                pairs = [(v[r.hidden], v[r.output]) for v in values]
+                mixer = self._mixer(graph, r)
+                self._fitted[r.attention.path] = fit(mixer, pairs, self.config.ridge)
+
+    def rewrite(self, graph: Graph, site: Site) -> Made:
+        region = _find(graph, site)
+        mixer, facts = self._fitted.get(site.name) or (self._mixer(graph, region), {})
+        a, path = region.attention, f"{region.attention.path}.mamba2"
+        with graph.module.graph.inserting_before(region.output):
+            call = Caller(graph, path, region.hidden)
+            nodes = {n: call.tensor(n, t) for n, t in mixer.tensors.items()}
+            mask = a.mask
+            if mask is not None:  # of the whole sequence: the last L columns are this call's
+                length = call(aten.sym_size.int, region.hidden, 1)
+                start = call(operator.neg, length)
+                mask = call(aten.slice.Tensor, mask, 1, start, 2**63 - 1)
+            made = features(call, region.hidden, nodes, mixer, mask)
+            made = call(
+                aten.linear.default, made, nodes["out_proj.weight"], nodes.get("out_proj.bias")
+            )
+        region.output.replace_all_uses_with(made)
+        return Made(
+            output=made,
+            dropped=region.tensors(),
+            facts={"init": self.config.init, "state_floats": _state_size(mixer), **facts},
+        )
+
+    def _mixer(self, graph: Graph, region: Region) -> Mixer:
+        a = region.attention
+        layer = a.layer if a.layer is not None else a.index
+        generator = torch.Generator().manual_seed(self.config.seed + layer)
+        return initial_mixer(graph, region, self.config, generator)
+
+
+# ---- the mixer ------------------------------------------------------------------------------
+
+
+def features(
+    call: Callable[..., Any], hidden: Any, p: dict[str, Any], mixer: Mixer, mask: Any
+) -> Any:
+    """The input of out_proj: written once, for tensors and for nodes of a graph.
+
+    Args:
+        call: call(target, *args) runs an ATen op, or appends it to a graph.
+        hidden: [B, L, D]. p: the mixer's tensors (or their nodes). mask: [B, L] or None.
+
+    Returns:
+        [B, L, H d].
+    """
+    H, Hk, d = mixer.heads, mixer.kv_heads, mixer.width
+    dtype = mixer.tensors["in_proj.weight"].dtype
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def cut(value: Any, start: int, size: int) -> Any:
+        return call(aten.slice.Tensor, value, 2, start, start + size)
+
+    def as_heads(value: Any, start: int, heads: int) -> Any:  # [B, L, H, d]
+        value = call(aten.unflatten.int, cut(value, start, heads * d), 2, [heads, d])
+        # Interleaved: kv head g serves the query heads g r … g r + r - 1.
+        repeat = H // heads
+        return call(aten.repeat_interleave.self_int, value, repeat, 2) if repeat > 1 else value
+
+    def to_wide(value: Any) -> Any:
+        return value if dtype == wide else call(aten.to.dtype, value, wide)
+
+    z, xbc = (H * d if mixer.gate else 0), (H + 2 * Hk) * d
+    projected = call(aten.linear.default, hidden, p["in_proj.weight"], p.get("in_proj.bias"))
+    mixed = call(
+        CONV,
+        cut(projected, z, xbc),
+        p["conv1d.weight"],
+        p["conv1d.bias"],
+        None,
+        mask,
+        mixer.activation,
+    )
+    mixed = call(operator.getitem, mixed, 0)
+    x, B, C = (as_heads(mixed, s, n) for s, n in ((0, Hk), (Hk * d, Hk), (2 * Hk * d, H)))
+    dt = call(aten.add.Tensor, to_wide(cut(projected, z + xbc, H)), p["dt_bias"])
+    dt = call(aten.softplus.default, dt)
+    A = call(aten.neg.default, call(aten.exp.default, p["A_log"]))
+    y = call(operator.getitem, call(SSD, x, dt, A, B, C, p["D"], None, mask), 0)
+    y = to_wide(y)
+    if mixer.gate:
+        gate = call(aten.unflatten.int, cut(projected, 0, z), 2, [H, d])
+        y = call(aten.mul.Tensor, y, call(aten.silu.default, to_wide(gate)))
+    if mixer.norm:  # one group a head, after the gate
+        square = call(aten.mean.dim, call(aten.mul.Tensor, y, y), [-1], True)
+        scale = call(aten.rsqrt.default, call(aten.add.Tensor, square, EPS))
+        weight = call(aten.unflatten.int, p["norm.weight"], 0, [H, d])
+        y = call(aten.mul.Tensor, call(aten.mul.Tensor, y, scale), weight)
+    y = y if dtype == wide else call(aten.to.dtype, y, dtype)
+    return call(aten.flatten.using_ints, y, 2, 3)
+
+
+def mixer_features(hidden: Tensor, mixer: Mixer, mask: Tensor | None = None) -> Tensor:
+    """`features` on tensors: hidden [B, L, D] and mask [B, L] to [B, L, H d]."""
+    return features(lambda f, *args: f(*args), hidden, mixer.tensors, mixer, mask)
+
+
+def initial_mixer(graph: Graph, region: Region, config: Config, random: torch.Generator) -> Mixer:
+    """The mixer before any fit: copied rows, and the rest as `config.init` says."""
+    a, d, H, Hk = region.attention, region.width, region.heads, region.kv_heads
+    published, linear = config.init == "matvlm", config.init == "linear_attention"
+    like = graph.tensor(a.query_projection.weight)  # type: ignore[union-attr]
+    dim, k, channels = region.inputs, config.conv_kernel, (H + 2 * Hk) * d
+
+    def uniform(*shape: int, low: float, high: float) -> Tensor:
+        return torch.rand(*shape, generator=random) * (high - low) + low
+
+    z, dt = torch.zeros(0 if linear else H * d, dim), torch.zeros(H, dim)
+    conv, conv_bias = torch.zeros(channels, k), torch.zeros(channels)
+    conv[:, -1] = 1
+    if published:
+        z, dt = (uniform(len(t), dim, low=-1 / sqrt(dim), high=1 / sqrt(dim)) for t in (z, dt))
+        conv = uniform(channels, k, low=-1 / sqrt(k), high=1 / sqrt(k))
+        conv_bias = uniform(channels, low=-1 / sqrt(k), high=1 / sqrt(k))
+        decay = uniform(H, low=1, high=16)
+        step = uniform(H, low=log(1e-3), high=log(1e-1)).exp().clamp_min(1e-4)
+    elif linear:
+        decay, step = torch.full((H,), 1e-30), torch.ones(H)  # exp(-dt A) rounds to 1
+    else:  # A = -1 and dt = ln 2 / half-life: the state is a decayed mean, not a sum
+        low, high = HALF_LIVES[config.init]
+        decay = torch.ones(H)
+        step = log(2) / torch.logspace(log(low, 2), log(high, 2), H, base=2)
+
+    rows = ("value", "key", "query")  # become x, B, C
+    copied = [region.weight(graph, n) for n in rows]
+    tensors = {"in_proj.weight": torch.cat([_as(z, like), *copied, _as(dt, like)])}
+    if config.bias:
+        gate = torch.full((len(z),), 0.0 if published else UNIT_GATE)
+        biases = [region.bias(graph, n) for n in rows]
+        tensors["in_proj.bias"] = torch.cat([_as(gate, like), *biases, like.new_zeros(H)])
+    tensors["conv1d.weight"] = _as(conv, like)
+    tensors["conv1d.bias"] = _as(conv_bias, like)
+    small = {
+        "A_log": decay.log(),
+        "dt_bias": step + torch.log(-torch.expm1(-step)),  # the inverse of softplus
+        "D": torch.full((H,), float(published)),
+    }
+    tensors |= {n: t.to(like.device) for n, t in small.items()}  # float32 in every model
+    if not linear:
+        tensors["norm.weight"] = like.new_ones(H * d)
+    output: Linear = a.output_projection  # type: ignore[assignment]
+    weight = graph.tensor(output.weight)
+    tensors["out_proj.weight"] = weight.t() if output.transposed else weight
+    if config.bias:
+        bias = output.bias
+        tensors["out_proj.bias"] = (
+            graph.tensor(bias) if bias is not None else like.new_zeros(region.outputs)
+        )
+    return Mixer(
+        {n: t.detach().clone() for n, t in tensors.items()},
+        H,
+        Hk,
+        d,
+        activation="silu" if published else "none",
+        gate=not linear,
+        norm=not linear,
+    )
+
+
+def _as(value: Tensor, like: Tensor) -> Tensor:
+    return value.to(like.device, like.dtype)
+
+
+def _state_size(mixer: Mixer) -> int:
+    """Floats that decoding keeps for one sequence: matrix states and last inputs."""
+    channels, kernel = mixer.tensors["conv1d.weight"].shape
+    return mixer.heads * mixer.width**2 + channels * (kernel - 1)
+
+
+# ---- the fit --------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def fit(
+    mixer: Mixer, pairs: list[tuple[Tensor, Tensor]], ridge: float
+) -> tuple[Mixer, dict[str, Any]]:
+    """Ridge regression of out_proj (and bias) from the mixer's features to the true outputs.
+
+    Args:
+        pairs: for every sequence, hidden [1, T, D] and the attention's output [1, T, Dout].
+        ridge: penalty in units of the mean squared feature; the bias is not penalised.
+
+    Returns:
+        The mixer, and its relative error before and after. From eight sequences on, every
+        eighth is kept out of the fit and the errors are measured on those.
+    """
+    old, with_bias = mixer.tensors["out_proj.weight"], "out_proj.bias" in mixer.tensors
+    n = old.shape[1] + with_bias
+    sums = [
+        [old.new_zeros(shape, dtype=torch.float64) for shape in ((n, n), (n, old.shape[0]), ())]
+        for _ in ("fit", "held out")
+    ]
+    for i, (hidden, truth) in enumerate(pairs):
+        f = mixer_features(hidden.to(old), mixer)[0].double()
+        f = torch.cat([f, f.new_ones(len(f), 1)], 1) if with_bias else f
+        y = truth[0].double()
+        held = len(pairs) >= 8 and i % 8 == 7
+        for total, term in zip(sums[held], (f.T @ f, f.T @ y, y.square().sum()), strict=True):
+            total += term
+    (gram, cross, _), measured = sums[0], sums[len(pairs) >= 8]
+
+    penalty = torch.full((n,), ridge * float(gram.diagonal()[: old.shape[1]].mean()))
+    if with_bias:
+        penalty[-1] = 0
+    system = gram + torch.diag(penalty.to(gram))
+    factor, failed = torch.linalg.cholesky_ex(system)
+    if failed:  # fewer tokens than features and no ridge
+        new = torch.linalg.pinv(system, hermitian=True) @ cross
+    else:
+        new = torch.cholesky_solve(cross, factor)
+    before = old.T.double()
+    if with_bias:
+        before = torch.cat([before, mixer.tensors["out_proj.bias"].double()[None]])
+    facts = {
+        "relative_error_before": _relative_error(before, measured),
+        "relative_error": _relative_error(new, measured),
+        "error_on": "held-out sequences" if len(pairs) >= 8 else "the fitted sequences",
+    }
+    tensors = dict(mixer.tensors)
+    tensors["out_proj.weight"] = new[: old.shape[1]].T.to(old.dtype).contiguous()
+    if with_bias:
+        tensors["out_proj.bias"] = new[-1].to(old.dtype)
+    return Mixer(**{**vars(mixer), "tensors": tensors}), facts
+
+
+def _relative_error(weight: Tensor, sums: list[Tensor]) -> float:
+    """‖F W - Y‖ / ‖Y‖ from FᵀF, FᵀY and ‖Y‖²."""
+    gram, cross, total = sums
+    squared = total - 2 * (weight * cross).sum() + (weight * (gram @ weight)).sum()
+    return float((squared.clamp_min(0) / total).sqrt())
+
+
+def _groups(regions: dict[str, Region], floats: int) -> Iterator[list[Region]]:
+    """Regions together while one token's values of them stay below `floats`."""
+    group: list[Region] = []
+    size = 0
+    for r in regions.values():
+        need = r.inputs + r.outputs
+        if group and size + need > floats:
+            yield group
+            group, size = [], 0
+        group.append(r)
+        size += need
+    if group:
+        yield group
+
+
+def _find(graph: Graph, site: Site) -> Region:
+    found = find_region(next(a for a in graph.attention if a.path == site.name))
+    assert isinstance(found, Region), found
+    return found

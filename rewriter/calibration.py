@@ -1,0 +1,240 @@
+"""Real activations of the original model: what passes calibrate on and the gate compares with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph as FxGraph
+from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
+from tqdm import tqdm
+
+from rewriter.errors import RewriterError
+from rewriter.graph import Graph
+from rewriter.protocol import Calibration
+
+SAMPLE = Path(__file__).parent / "data" / "sample.txt"
+
+
+def copy_module(module: GraphModule) -> GraphModule:
+    """The same graph with its own nodes and folders; tensors are shared, names kept."""
+    graph = FxGraph()
+    mapping: dict[Node, Node] = {}
+    output = graph.graph_copy(module.graph, mapping)
+    graph.output(output)
+    for old, new in mapping.items():
+        new.meta = dict(old.meta)
+    return GraphModule(module, graph)
+
+
+def walk(module: GraphModule, inputs: list[Any]) -> Iterator[tuple[Node, Any, dict[Node, Any]]]:
+    """Run a graph node by node, forgetting values after their last use.
+
+    Yields (node, value, environment); the caller may replace `environment[node]`.
+    """
+    nodes = list(module.graph.nodes)
+    last: dict[Node, Node] = {}
+    for node in nodes:
+        for used in node.all_input_nodes:
+            last[used] = node
+    dead: dict[Node, list[Node]] = {}
+    for used, node in last.items():
+        dead.setdefault(node, []).append(used)
+    environment: dict[Node, Any] = {}
+    given = iter(inputs)
+    for node in nodes:
+        if node.op == "placeholder":
+            value = next(given, None)
+        elif node.op == "get_attr":
+            owner, _, leaf = str(node.target).rpartition(".")
+            value = getattr(module.get_submodule(owner), leaf)
+        elif node.op == "output":
+            yield node, map_arg(node.args[0], environment.__getitem__), environment
+            return
+        else:
+            args = map_arg(node.args, environment.__getitem__)
+            kwargs = map_arg(node.kwargs, environment.__getitem__)
+            value = node.target(*args, **kwargs)  # type: ignore[operator]
+        environment[node] = value
+        yield node, value, environment
+        for used in dead.get(node, ()):
+            environment.pop(used, None)
+
+
+class Activations(Calibration):
+    """Runs the original graph (or, for nodes a pass has made, the graph as it now is)."""
+
+    def __init__(self, reference: GraphModule, graph: Graph, batches: list[list[Tensor]]) -> None:
+        self.reference, self.graph, self.batches = reference, graph, batches
+        self.tokens = sum(int(b[0].shape[0] * b[0].shape[1]) for b in batches)
+        self.quiet = False
+
+    def _module(self, nodes: list[Node]) -> tuple[GraphModule, dict[str, Node]]:
+        original = {n.name: n for n in self.reference.graph.nodes}
+        if all(n.name in original and original[n.name].target == n.target for n in nodes):
+            return self.reference, {n.name: n for n in nodes}
+        return self.graph.module, {n.name: n for n in nodes}
+
+    def _each(self, nodes: list[Node], label: str, visit: Callable[[Node, Tensor], None]) -> None:
+        module, wanted = self._module(nodes)
+        for batch in tqdm(self.batches, desc=label, leave=False, disable=None):
+            with torch.no_grad():
+                for node, value, _ in walk(module, batch):
+                    if node.name in wanted:
+                        visit(wanted[node.name], value)
+
+    def inputs(self, nodes: list[Node]) -> dict[Node, Tensor]:
+        rows: dict[Node, list[Tensor]] = {n: [] for n in nodes}
+        self._each(nodes, "activations", lambda n, v: rows[n].append(v.flatten(0, 1)))
+        return {n: torch.cat(v) for n, v in rows.items()}
+
+    def sequences(self, nodes: list[Node]) -> list[dict[Node, Tensor]]:
+        found: list[dict[Node, Tensor]] = []
+        module, wanted = self._module(nodes)
+        for batch in tqdm(self.batches, desc="activations", leave=False, disable=None):
+            one: dict[Node, Tensor] = {}
+            with torch.no_grad():
+                for node, value, _ in walk(module, batch):
+                    if node.name in wanted:
+                        one[wanted[node.name]] = value
+            found.append(one)
+        return found
+
+    def grams(self, nodes: list[Node]) -> dict[Node, Tensor]:
+        total: dict[Node, Tensor] = {}
+
+        def add(node: Node, value: Tensor) -> None:
+            rows = value.reshape(-1, value.shape[-1]).double()
+            gram = rows.T @ rows
+            total[node] = total[node] + gram if node in total else gram
+
+        self._each(nodes, "Gram matrices", add)
+        return total
+
+    def output_grams(self, nodes: list[Node]) -> dict[Node, Tensor]:
+        """Fisher information of the outputs: labels are sampled from the model itself."""
+        module, wanted = self._module(nodes)
+        generator = torch.Generator().manual_seed(0)
+        total: dict[Node, Tensor] = {}
+        budget = max(1, min(len(self.batches), 3072 // max(1, self.batches[0][0].shape[1])))
+        for batch in tqdm(self.batches[:budget], desc="Fisher", leave=False, disable=None):
+            kept: dict[Node, Tensor] = {}
+            with torch.enable_grad():
+                logits = None
+                for node, value, environment in walk(module, batch):
+                    if node.name in wanted:
+                        if not value.requires_grad:
+                            value = value.detach().requires_grad_(True)
+                            environment[node] = value
+                        kept[wanted[node.name]] = value
+                    if node.op == "output":
+                        logits = value[0]
+                if logits is None or logits.dim() != 3:
+                    raise RewriterError("the Fisher weighting needs a model with token logits")
+                flat = logits.flatten(0, 1).float()
+                with torch.no_grad():
+                    probabilities = flat.softmax(-1)
+                    labels = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+                loss = torch.nn.functional.cross_entropy(flat, labels, reduction="sum")
+                gradients = torch.autograd.grad(loss, list(kept.values()), allow_unused=True)
+            for node, gradient in zip(kept, gradients, strict=True):
+                if gradient is None:
+                    continue
+                rows = gradient.reshape(-1, gradient.shape[-1]).double()
+                gram = rows.T @ rows
+                total[node] = total[node] + gram if node in total else gram
+        return total
+
+
+# ---- text ---------------------------------------------------------------------------------
+
+
+def read_text(data: Any) -> tuple[list[str], str]:
+    """Documents and a word on their source. `data`: None, path(s), Hub data set, or texts."""
+    if data is None:
+        return [SAMPLE.read_text()], "the public-domain sample that ships with rewriter"
+    if isinstance(data, (str, Path)):
+        path = Path(data).expanduser()
+        if path.is_file():
+            return [_read(path)], str(path)
+        if path.is_dir():
+            files = sorted(p for p in path.rglob("*.txt"))
+            if not files:
+                raise RewriterError(f"{path} holds no .txt files", "give a folder of text files")
+            return [_read(p) for p in files], str(path)
+        if str(data).count("/") == 1 and not str(data).startswith((".", "/", "~")):
+            return _hub(str(data)), str(data)
+        raise RewriterError(f"there is no file or folder {data}", "give `data:` an existing path")
+    if all(isinstance(d, (str, Path)) and Path(d).expanduser().exists() for d in data):
+        found = [read_text(d)[0] for d in data]
+        return [t for texts in found for t in texts], ", ".join(str(d) for d in data)
+    return [str(d) for d in data], "texts given by the caller"
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RewriterError(f"cannot read {path}: {error}", "give UTF-8 text") from None
+
+
+def _hub(name: str) -> list[str]:
+    try:
+        from datasets import load_dataset
+
+        rows = load_dataset(name, split="train", streaming=True)
+        return [row["text"] for row, _ in zip(rows, range(1000), strict=False)]
+    except Exception as error:
+        raise RewriterError(f"cannot read the data set {name}: {error}", "give a path") from None
+
+
+def token_batches(
+    graph: Graph, tokenizer: Any, data: Any, sequences: int, length: int, seed: int
+) -> tuple[list[list[Tensor]], dict[str, Any]]:
+    """Unpadded batches [1, length] as graph inputs, and the report's `data` entry."""
+    vocabulary = int(getattr(graph.config.get_text_config(), "vocab_size", 0))
+    if isinstance(data, Tensor):
+        rows, source, note = list(data), "tokens given by the caller", ""
+    elif tokenizer is None:
+        if data is not None:
+            raise RewriterError(
+                "there is text but no tokenizer", "give token ids, or a model with its tokenizer"
+            )
+        generator = torch.Generator().manual_seed(seed)
+        rows = list(torch.randint(3, vocabulary, (sequences, length), generator=generator))
+        source, note = "random tokens", "no tokenizer and no data: figures mean little"
+    else:
+        texts, source = read_text(data)
+        note = "" if data is not None else "no data was given"
+        rows = []
+        each = -(-sequences // len(texts))
+        for text in texts:
+            # Spread over the text: openings of famous books are memorised.
+            ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long)
+            room = max(1, min(each, len(ids) // length))
+            starts = torch.linspace(0, max(0, len(ids) - length), room).long()
+            rows += [ids[s : s + length] for s in starts.tolist()]
+            if len(rows) >= sequences:
+                break
+        rows = [r for r in rows[:sequences] if len(r) > 1]
+    if not rows:
+        raise RewriterError(f"{source} is too short: not one sequence", "give more text")
+    batches = [graph_inputs(graph, r[None]) for r in rows]
+    tokens = sum(len(r) for r in rows)
+    return batches, {"source": source, "tokens": tokens, "note": note}
+
+
+def graph_inputs(graph: Graph, ids: Tensor, mask: Tensor | None = None) -> list[Tensor]:
+    """Inputs of the graph for tokens [B, L] and a padding mask [B, L]."""
+    mask = torch.ones_like(ids) if mask is None else mask
+    known = {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "position_ids": (mask.cumsum(-1) - 1).clamp_min(0),
+        "token_type_ids": torch.zeros_like(ids),
+    }
+    return [known[name] for name in graph.inputs]

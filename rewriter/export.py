@@ -1,0 +1,59 @@
+"""`rewriter.export(model, folder, to="onnx")`: hand a rewritten model to a backend."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+from rewriter.errors import RewriterError
+
+#: A backend: (model, folder, **options) -> what it did, as a dictionary that JSON can hold.
+Backend = Callable[..., dict[str, Any]]
+
+BACKENDS: dict[str, Backend] = {}
+
+
+def register_backend(name: str, function: Backend) -> None:
+    """Make `function` answer to `export(..., to=name)`."""
+    BACKENDS[name] = function
+
+
+def backends() -> dict[str, Backend]:
+    """All known backends by name: this package's and those of `rewriter.backends` entry points.
+
+    The packages register themselves when they are imported; one that is not there is no error.
+    """
+    import pkgutil
+
+    package = importlib.import_module("rewriter.backends")
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"rewriter.backends.{module.name}")
+    for entry in entry_points(group="rewriter.backends"):
+        entry.load()
+    return dict(sorted(BACKENDS.items()))
+
+
+def export(model: Any, folder: str | Path, to: str = "onnx", **options: Any) -> dict[str, Any]:
+    """Write `model` for another runtime.
+
+    Args:
+        model: a RewrittenModel, or the folder of one.
+        folder: where to; it appears whole or not at all, and must not hold anything yet.
+        to: name of a backend.
+        options: the backend's own.
+
+    Returns: what the backend reports (files, bytes, measured error, fallbacks with reasons).
+
+    Raises:
+        RewriterError: unknown backend, a missing dependency, or a folder that is in use.
+        GateError: the exported model does not compute what the graph does; nothing was written.
+    """
+    known = backends()
+    if to not in known:
+        raise RewriterError(f"unknown backend '{to}'", f"use one of: {', '.join(known)}")
+    if isinstance(model, (str, Path)):
+        model = importlib.import_module("rewriter.model").load(model)
+    return known[to](model, Path(folder), **options)

@@ -1,0 +1,297 @@
+"""The model that comes out: a transformers model around the rewritten graph."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    GenerationConfig,
+    GenerationMixin,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from rewriter import serialize
+from rewriter.capture import model_output
+from rewriter.errors import RewriterError
+from rewriter.graph import Graph
+from rewriter.state import State
+
+WEIGHTS = "model.safetensors"
+
+
+class RewriterConfig(PretrainedConfig):
+    """Configuration of a rewritten model: the original's inside, and the recovery state."""
+
+    model_type = "rewriter"
+
+    def __init__(
+        self, original: dict[str, Any] | None = None, recovery: str = "exact", **kwargs: Any
+    ) -> None:
+        self.original = original or {}
+        self.recovery = recovery
+        for key in ("vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings"):
+            if key in self.original:
+                kwargs.setdefault(key, self.original[key])
+        for key in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"):
+            if self.original.get(key) is not None:
+                kwargs.setdefault(key, self.original[key])
+        super().__init__(**kwargs)
+
+
+class RewrittenModel(PreTrainedModel, GenerationMixin):
+    """A rewritten model: generates, trains, saves and loads like any other.
+
+    Attributes:
+        graph: the graph with its weights and states.
+        plan, report, lock: what was asked, what was measured, what was done.
+    """
+
+    config_class = RewriterConfig
+    base_model_prefix = ""
+    _supports_cache_class = True
+    main_input_name = "input_ids"
+
+    def __init__(self, config: RewriterConfig, graph: Graph) -> None:
+        super().__init__(config)
+        self.graph = graph
+        self.body = graph.module
+        self.plan: Any = None
+        self.report: dict[str, Any] = {}
+        self.lock: dict[str, Any] = {}
+        self.companions: list[Path] = []
+        if "input_ids" not in graph.inputs and graph.inputs:
+            self.main_input_name = graph.inputs[0]
+
+    @property
+    def stateful(self) -> bool:
+        return bool(self.graph.states)
+
+    def can_generate(self) -> bool:  # type: ignore[override]
+        graph = self.__dict__.get("graph")  # asked for by the base class before it is set
+        return graph is None or "position_ids" in graph.inputs
+
+    def get_input_embeddings(self) -> nn.Module | None:  # type: ignore[override]
+        return None
+
+    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
+        """Ties are one tensor in the graph already."""
+
+    # ---- forward -------------------------------------------------------------------------
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = None,
+        labels: Tensor | None = None,
+        return_dict: bool | None = None,
+        **inputs: Tensor,
+    ) -> Any:
+        """Run the graph; the output class is that of the original's head.
+
+        Args:
+            input_ids: [B, L] new tokens. attention_mask: [B, past + L], 0 at padding.
+            position_ids: [B, L]; without it, what the original does.
+            past_key_values: the `State` of an earlier call.
+            labels: [B, L] for a language model; -100 is ignored. Adds `loss`.
+        """
+        state = past_key_values if isinstance(past_key_values, State) else None
+        if state is None and self.stateful and use_cache and not self.training:
+            state = State(self.graph.states)
+        given = dict(inputs, input_ids=input_ids, attention_mask=attention_mask,
+                     position_ids=position_ids)
+        past = state.seen if state is not None else 0
+        values = [self._input(name, given, past) for name in self.graph.inputs]
+        states = state.mixers if state is not None else []
+        outputs = dict(zip(self.graph.outputs, self.body(*values, *states), strict=True))
+        if state is not None and input_ids is not None:
+            state.seen += input_ids.shape[1]
+        if not self.can_generate():
+            return model_output(self.graph.output_class, outputs)
+        loss = None
+        if labels is not None:
+            logits = outputs["logits"][:, :-1]
+            loss = cross_entropy(logits.flatten(0, 1).float(), labels[:, 1:].flatten())
+        result = CausalLMOutputWithPast(
+            loss=loss, logits=outputs["logits"], past_key_values=state
+        )
+        return result if return_dict in (None, True) else result.to_tuple()
+
+    def _input(self, name: str, given: dict[str, Any], past: int) -> Tensor:
+        value = given.get(name)
+        if value is not None:
+            return value
+        tokens = given.get("input_ids")
+        if tokens is None:
+            raise RewriterError(f"the model needs {name}", f"its inputs: {self.graph.inputs}")
+        batch, length = tokens.shape
+        if name == "attention_mask":
+            return torch.ones(batch, past + length, dtype=torch.long, device=tokens.device)
+        if name == "token_type_ids":
+            return torch.zeros_like(tokens)
+        if name == "position_ids":
+            mask = given.get("attention_mask")
+            if self.graph.default_positions == "mask" and mask is not None:
+                return (mask.long().cumsum(-1) - 1).clamp_min(0)[:, -length:]
+            columns = torch.arange(past, past + length, device=tokens.device)
+            return columns.expand(batch, length)
+        raise RewriterError(f"the model needs {name}", f"its inputs: {self.graph.inputs}")
+
+    # ---- generation ----------------------------------------------------------------------
+
+    def prepare_inputs_for_generation(  # type: ignore[override]
+        self,
+        input_ids: Tensor,
+        past_key_values: Any = None,
+        attention_mask: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        state = past_key_values if isinstance(past_key_values, State) else None
+        past = state.seen if state is not None else 0
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        positions = attention_mask.long().cumsum(-1) - 1
+        positions = positions.masked_fill(attention_mask == 0, 1)
+        return {
+            "input_ids": input_ids[:, past:],
+            "attention_mask": attention_mask,
+            "position_ids": positions[:, past : input_ids.shape[1]],
+            "past_key_values": state,
+            "use_cache": use_cache,
+        }
+
+    # ---- saving --------------------------------------------------------------------------
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
+        """Write the folder of design §6 whole or not at all: aside, then renamed."""
+        target = Path(save_directory)
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise RewriterError(f"{target} exists already", "give a new folder")
+        aside = _aside(target)
+        try:
+            self._write(aside)
+            if target.exists():
+                target.rmdir()
+            aside.rename(target)
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+
+    def _write(self, folder: Path) -> None:
+        self.config.architectures = [type(self).__name__]
+        self.config.dtype = self.dtype
+        self.config.save_pretrained(folder)
+        if self.can_generate():
+            self.generation_config.save_pretrained(folder)
+        tensors = {n: t.detach().contiguous() for n, t in self.graph.parameters()}
+        save_file(tensors, str(folder / WEIGHTS), metadata={"format": "pt"})
+        trainable = [n for n, t in self.graph.parameters() if isinstance(t, nn.Parameter)]
+        data = serialize.dump(self.graph) | {"parameters": trainable}
+        (folder / "graph.json").write_text(json.dumps(data))
+        if self.plan is not None:
+            (folder / "plan.yaml").write_text(self.plan.to_yaml())
+        if self.lock:
+            (folder / "lock.json").write_text(json.dumps(self.lock, indent=2))
+        if self.report:
+            from rewriter.report import write_report
+
+            write_report(self.report, folder)
+        for path in self.companions:
+            shutil.copy(path, folder / path.name)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        return load(
+            pretrained_model_name_or_path,
+            dtype=kwargs.get("dtype") or kwargs.get("torch_dtype"),
+            device=kwargs.get("device_map"),
+        )
+
+
+def _aside(target: Path) -> Path:
+    parent = target.absolute().parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=parent))
+    except OSError as error:
+        raise RewriterError(f"cannot write to {parent}: {error.strerror}") from error
+
+
+def load(folder: str | Path, dtype: Any = None, device: Any = None) -> RewrittenModel:
+    """Load a saved folder; nothing is traced.
+
+    Raises RewriterError: a file is missing or damaged, or an operator has changed.
+    """
+    folder = Path(folder)
+    if not (folder / "graph.json").is_file():
+        if not folder.is_dir():
+            from huggingface_hub import snapshot_download
+
+            try:
+                folder = Path(snapshot_download(str(folder)))
+            except Exception as error:
+                raise RewriterError(f"no such folder or Hub id: {folder}") from error
+        if not (folder / "graph.json").is_file():
+            raise RewriterError(
+                f"{folder} has no graph.json", "give a folder that rewriter has written"
+            )
+    try:
+        data = json.loads((folder / "graph.json").read_text())
+        tensors: dict[str, Any] = load_file(
+            str(folder / WEIGHTS), device=str(device) if isinstance(device, str) and device != "auto" else "cpu"
+        )
+        config = RewriterConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise RewriterError(f"{folder} is damaged: {error}", "write it again") from error
+    except Exception as error:  # safetensors has its own exception type
+        raise RewriterError(f"{folder / WEIGHTS} is damaged: {error}", "write it again") from error
+    if dtype not in (None, "auto"):
+        tensors = {k: t.to(dtype) if t.is_floating_point() else t for k, t in tensors.items()}
+    for name in data["parameters"]:
+        if name in tensors:
+            tensors[name] = nn.Parameter(tensors[name])
+    graph = serialize.load(data, tensors)
+    model = RewrittenModel(config, graph).eval()
+    for name in ("lock", "report"):
+        if (folder / f"{name}.json").exists():
+            setattr(model, name, json.loads((folder / f"{name}.json").read_text()))
+    if (folder / "plan.yaml").exists():
+        from rewriter.plan import Plan
+
+        model.plan = Plan.from_yaml(folder / "plan.yaml")
+    if (folder / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    model.companions = companions(folder)
+    return model
+
+
+def companions(folder: str | Path | None) -> list[Path]:
+    """Tokenizer and processor files that travel with a model."""
+    if folder is None or not Path(folder).is_dir():
+        return []
+    wanted = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template",
+              "preprocessor", "processor", "spiece", "sentencepiece")
+    return [p for p in sorted(Path(folder).iterdir()) if p.is_file() and p.name.startswith(wanted)]
+
+
+AutoConfig.register("rewriter", RewriterConfig)
+for _auto in (AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM):
+    _auto.register(RewriterConfig, RewrittenModel)
+__all__ = ["RewriterConfig", "RewrittenModel", "companions", "load"]

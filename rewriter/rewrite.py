@@ -1,0 +1,345 @@
+"""`rewrite(model, plan)`: capture, passes, verifier, gate, state, model."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import platform
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedModel
+
+
+from rewriter import gate
+from rewriter.calibration import Activations, copy_module, graph_inputs, token_batches
+from rewriter.capture import capture, example_inputs
+from rewriter.errors import CaptureError, GateError, PlanError, VerifyError
+from rewriter.graph import ATTENTION, Graph
+from rewriter.inspection import total_layers
+from rewriter.loading import load_model
+from rewriter.model import RewriterConfig, RewrittenModel, companions
+from rewriter.plan import Plan
+from rewriter.protocol import Contract, Made, Site
+from rewriter.selection import select
+from rewriter.state import thread_state
+from rewriter.state_size import pays_from
+
+#: A run is told to calibrate on this many tokens: 32 sequences of 512.
+CALIBRATION = (32, 512)
+
+
+def rewrite(
+    model: PreTrainedModel | str | Path,
+    plan: Plan | dict[str, Any] | str | Path,
+    data: Any = None,
+    *,
+    tokenizer: Any = None,
+) -> RewrittenModel:
+    """Rewrite a model by a plan; the result is checked against the original.
+
+    Args:
+        model: a transformers model (it is not changed), a folder, a `.gguf` file or a Hub id.
+        plan: a Plan, its dictionary, or YAML (text or path).
+        data: calibration text: a path, paths, a Hub data set, texts, or token ids [N, length].
+            It wins over the plan's `data`; without either a small sample is used.
+        tokenizer: for a model object whose tokenizer is not at `name_or_path`.
+
+    Returns:
+        The rewritten model with `.report`, `.lock`, `.plan` and `.graph`.
+
+    Raises:
+        PlanError, CaptureError: a mistake in the input. GateError: the result is wrong.
+    """
+    plan = plan if isinstance(plan, Plan) else _plan(plan)
+    seconds: dict[str, float] = {}
+    clock = time.perf_counter()
+    source = None if isinstance(model, nn.Module) else str(model)
+    original = model if isinstance(model, nn.Module) else load_model(model)
+    if not isinstance(original, PreTrainedModel):
+        raise CaptureError(
+            "rewrite() returns a transformers model and needs one",
+            "use rewriter.capture() for a plain module",
+        )
+    source = source or getattr(original, "name_or_path", "") or type(original).__name__
+    seconds["load"], clock = time.perf_counter() - clock, time.perf_counter()
+    torch.manual_seed(plan.seed)
+    graph = capture(original)
+    reference = copy_module(graph.module)
+    seconds["capture"], clock = time.perf_counter() - clock, time.perf_counter()
+    text = _is_text(graph)
+    tokenizer = tokenizer or _tokenizer(source)
+    before = _count(graph)
+    state_before = _state_size(graph)
+    batches, about = _batches(graph, original, tokenizer, plan, data, text)
+    sites, misses = _run_steps(graph, plan, reference, batches)
+    seconds["passes"], clock = time.perf_counter() - clock, time.perf_counter()
+    report: dict[str, Any] = {
+        "model": source,
+        "plan": plan.to_yaml(),
+        "status": _status(sites),
+        "data": about,
+        "near_misses": misses,
+        "warnings": [about["note"]] if about["note"] else [],
+    }
+    report |= _check(graph, reference, sites, plan, batches, text)
+    seconds["gate"], clock = time.perf_counter() - clock, time.perf_counter()
+    state_after = _state_size(graph)
+    if _threads(graph):
+        thread_state(graph)
+    seconds["state"] = time.perf_counter() - clock
+    report["parameters"] = {"before": before, "after": _count(graph)}
+    report["state"] = {
+        "before": state_before,
+        "after": state_after,
+        "pays_from": pays_from(state_before, state_after) if sites else None,
+    }
+    report["seconds"] = seconds
+    config = RewriterConfig(original=original.config.to_dict(), recovery=report["status"])
+    made = RewrittenModel(config, graph).eval()
+    if original.can_generate():
+        made.generation_config = copy.deepcopy(original.generation_config)
+    made.plan, made.report = plan, report
+    made.lock = _lock(source, plan, graph, sites, about)
+    made.companions = companions(source)
+    return made
+
+
+def _plan(plan: Any) -> Plan:
+    if isinstance(plan, dict):
+        return Plan(**plan)
+    if isinstance(plan, (str, Path)):
+        return Plan.from_yaml(plan)
+    raise PlanError(f"a plan cannot be a {type(plan).__name__}", "give a Plan, a dict or YAML")
+
+
+def _is_text(graph: Graph) -> bool:
+    known = {"input_ids", "attention_mask", "position_ids", "token_type_ids"}
+    return set(graph.inputs) <= known and "input_ids" in graph.inputs
+
+
+def _tokenizer(source: str) -> Any:
+    path = Path(source)
+    try:
+        if path.suffix == ".gguf":
+            return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        if path.is_dir() and companions(path):
+            return AutoTokenizer.from_pretrained(path)
+        if source.count("/") == 1 and not path.exists():
+            return AutoTokenizer.from_pretrained(source)
+    except Exception:  # a model without a tokenizer is fine: the report says what was used
+        return None
+    return None
+
+
+def _batches(
+    graph: Graph, original: PreTrainedModel, tokenizer: Any, plan: Plan, data: Any, text: bool
+) -> tuple[list[list[Tensor]], dict[str, Any]]:
+    data = plan.data if data is None else data
+    if not text:
+        example = example_inputs(original)
+        note = "random inputs: figures mean little"
+        return [[example[n] for n in graph.inputs]], {"source": note, "tokens": 0, "note": note}
+    if not plan.steps and data is None:
+        return [], {"source": "none", "tokens": 0, "note": ""}
+    sequences, length = CALIBRATION
+    limit = getattr(graph.config.get_text_config(), "max_position_embeddings", None) or length
+    sequences = max(sequences, plan.gate.sequences)
+    return token_batches(
+        graph, tokenizer, data, sequences, min(length, plan.gate.length, limit), plan.seed
+    )
+
+
+def _run_steps(
+    graph: Graph, plan: Plan, reference: Any, batches: list[list[Tensor]]
+) -> tuple[list[gate.Rewritten], list[dict[str, Any]]]:
+    """Run the plan's steps in order, with the verifier after each."""
+    done: list[gate.Rewritten] = []
+    misses: list[dict[str, Any]] = []
+    layers = total_layers(graph)
+    for step in plan.steps:
+        made_by = step.build()
+        found = list(made_by.sites(graph))
+        chosen, near = select(found, made_by.config, layers, made_by.name)
+        misses += [{"pass": step.name, "site": m.name, "reason": m.reason} for m in near]
+        calibration = Activations(reference, graph, batches) if batches else None
+        made_by.prepare(graph, chosen, calibration if made_by.needs_calibration else None)
+        for site in chosen:
+            origin = _origin(site, done)
+            made: Made = made_by.rewrite(graph, site)
+            done = [d for d in done if d.output is not made.output and d.original != origin]
+            done.append(
+                gate.Rewritten(made_by, site, origin, made.output, made.facts, made.dropped)
+            )
+        declared = set().union(*(d.dropped for d in done)) if done else set()
+        graph.sweep(declared)
+        verify(graph, done)
+    return done, misses
+
+
+def _origin(site: Site, done: list[gate.Rewritten]) -> str:
+    """Name in the original graph of the value that a site makes."""
+    for earlier in done:
+        if earlier.output is site.node:
+            return earlier.original
+    return site.node.name
+
+
+def verify(graph: Graph, sites: list[gate.Rewritten]) -> None:
+    """Invariants after a pass: the graph is well formed and every tensor is accounted for.
+
+    Raises VerifyError naming the tensor or node.
+    """
+    try:
+        graph.module.graph.lint()
+    except Exception as error:
+        raise VerifyError(f"the graph is not well formed: {error}") from error
+    alive = {name for name, _ in graph.parameters()}
+    lost = graph.source_tensors - alive - graph.dropped
+    if lost:
+        raise VerifyError(f"{sorted(lost)[0]} is neither used nor declared as dropped")
+    nodes = set(graph.nodes)
+    for site in sites:
+        if site.output not in nodes:
+            raise VerifyError(f"the output of {site.site.name} is not in the graph any more")
+
+
+def _check(
+    graph: Graph,
+    reference: Any,
+    sites: list[gate.Rewritten],
+    plan: Plan,
+    batches: list[list[Tensor]],
+    text: bool,
+) -> dict[str, Any]:
+    """The gate: per site, then the whole model."""
+    if not sites:
+        return {"sites": [], "whole": {}}
+    some = batches[:: max(1, len(batches) // plan.gate.sequences)][: plan.gate.sequences]
+    checked, masks = list(some), [torch.ones(b[0].shape[:2]) for b in some]
+    if text and len(some) > 1:
+        padded, mask = _padded(graph, some)
+        checked.append(padded)
+        masks.append(mask)
+    gate.measure_sites(reference, graph.module, sites, checked, masks)
+    dtype = next((t.dtype for _, t in graph.parameters() if t.is_floating_point()), torch.float32)
+    back, warnings = gate.judge(sites, dtype)
+    if back:
+        raise GateError(
+            f"{len(back)} sites are above their tolerance, and roll_back is not possible here",
+            "leave those layers out of the plan",
+        )
+    whole: dict[str, float] = {}
+    if text and graph.outputs[:1] == ["logits"] and "position_ids" in graph.inputs:
+        whole = gate.measure_whole(reference, graph.module, some)
+        limit = plan.gate.max_kl
+        if limit is not None and not whole["kl"] <= limit:
+            raise GateError(
+                f"KL from the original is {whole['kl']:.3g} nats a token, above {limit:g}",
+                "raise gate.max_kl, or rewrite less",
+            )
+    entries = [
+        {
+            "pass": s.step.name,
+            "site": s.site.name,
+            "layer": s.site.layer,
+            "error": s.error,
+            "facts": s.facts,
+        }
+        for s in sites
+    ]
+    return {"sites": entries, "whole": whole, "warnings": warnings}
+
+
+def _padded(graph: Graph, batches: list[list[Tensor]]) -> tuple[list[Tensor], Tensor]:
+    """Two of the sequences as one left-padded batch."""
+    first, second = batches[0][0], batches[1][0]
+    length = min(first.shape[1], second.shape[1])
+    short = max(1, length * 2 // 3)
+    ids = torch.cat([first[:, :length], second[:, :length]])
+    mask = torch.ones_like(ids)
+    ids[1, : length - short] = 0
+    ids[1, length - short :] = second[0, :short]
+    mask[1, : length - short] = 0
+    return graph_inputs(graph, ids, mask), mask
+
+
+def _status(sites: list[gate.Rewritten]) -> str:
+    contracts = {s.step.contract for s in sites}
+    if Contract.NEEDS_RECOVERY in contracts:
+        return "unrecovered"
+    return "approximate" if Contract.APPROXIMATE in contracts else "exact"
+
+
+def _threads(graph: Graph) -> bool:
+    """A decoder whose mask has its own length can carry state."""
+    return "position_ids" in graph.inputs and "attention_mask" in graph.inputs
+
+
+def _count(graph: Graph) -> int:
+    return sum(t.numel() for _, t in graph.parameters() if t.is_floating_point())
+
+
+def _state_size(graph: Graph) -> dict[str, Any]:
+    """Bytes of decoding state for one sequence, from the shapes in the graph."""
+    fixed, growing = 0, 0
+    capped: list[dict[str, int]] = []
+    for node in graph.nodes:
+        if node.target is ATTENTION:
+            key, value = (a.meta.get("val") for a in node.args[1:3])
+            each = sum(
+                int(t.shape[1]) * int(t.shape[3]) * t.element_size()
+                for t in (key, value)
+                if t is not None
+            )
+            window, sinks = int(node.args[9]), int(node.args[11])
+            if window:
+                capped.append({"bytes_per_token": each, "tokens": window + sinks})
+            else:
+                growing += each
+        elif node.target is torch.ops.rewriter.ssd.default:
+            x, b = node.args[0].meta["val"], node.args[3].meta["val"]
+            fixed += int(x.shape[2]) * int(x.shape[3]) * int(b.shape[3]) * 4
+        elif node.target is torch.ops.rewriter.causal_conv1d.default:
+            x, w = node.args[0].meta["val"], node.args[1].meta["val"]
+            fixed += int(x.shape[2]) * (int(w.shape[1]) - 1) * x.element_size()
+    return {"fixed": fixed, "per_token": growing, "capped": capped}
+
+
+def _lock(
+    source: str, plan: Plan, graph: Graph, sites: list[gate.Rewritten], about: dict[str, Any]
+) -> dict[str, Any]:
+    import transformers
+
+    return {
+        "version": 1,
+        "original": {"source": source, "class": graph.model_class},
+        "plan": plan.to_yaml(),
+        "data": about,
+        "seed": plan.seed,
+        "sites": [
+            {"pass": s.step.name, "site": s.site.name, "error": s.error, "facts": s.facts}
+            for s in sites
+        ],
+        "dropped": sorted(graph.dropped),
+        "tensors": {name: _hash(t) for name, t in graph.parameters()},
+        "versions": {
+            "rewriter": version("rewriter"),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _hash(tensor: Tensor) -> str:
+    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return hashlib.sha256(data.numpy().tobytes()).hexdigest()
+
+
+__all__ = ["rewrite", "verify"]

@@ -1,0 +1,40 @@
+"""How large the state of one sequence is, and from which length a rewrite pays.
+
+A part is {"fixed": bytes, "per_token": bytes, "capped": [{"bytes_per_token", "tokens"}, …]}:
+a recurrent state is fixed, a KV cache grows by every token, a ring grows until it is full.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+
+def state_bytes(part: dict[str, Any], tokens: int) -> float:
+    """Bytes of state after `tokens` tokens of one sequence."""
+    rings = sum(
+        ring["bytes_per_token"] * min(tokens, ring["tokens"]) for ring in part.get("capped") or []
+    )
+    return part.get("fixed", 0) + part.get("per_token", 0) * tokens + rings
+
+
+def pays_from(before: dict[str, Any], after: dict[str, Any]) -> int | None:
+    """Least number of tokens from which on `after` is always smaller; None when it never is."""
+
+    def difference(tokens: int) -> float:
+        return state_bytes(after, tokens) - state_bytes(before, tokens)
+
+    caps = {ring["tokens"] for part in (before, after) for ring in part.get("capped") or []}
+    points = sorted({0, *caps})
+    # Linear between the points and after the last: walk back to where it last was not smaller.
+    end = points[-1]
+    slope = difference(end + 1) - difference(end)
+    if slope > 0 or (slope == 0 and difference(end) >= 0):
+        return None
+    if difference(end) >= 0:
+        return end + math.floor(difference(end) / -slope) + 1
+    for low, high in zip(points[-2::-1], points[:0:-1], strict=True):
+        if difference(low) >= 0:
+            slope = (difference(high) - difference(low)) / (high - low)
+            return low + math.floor(difference(low) / -slope) + 1
+    return 0

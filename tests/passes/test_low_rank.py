@@ -1,0 +1,419 @@
+"""Low rank: the optimum, the budget, the forms and the graphs, against float64 arithmetic."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from pydantic import ValidationError
+from rewriter.passes.low_rank import LowRank
+from torch import Tensor, nn
+from torch.fx import Interpreter, Node
+
+from rewriter.errors import PlanError
+from rewriter.graph import Graph
+from rewriter.linear_algebra import Choice, allocate, cost, decompose, to_pivot, uniform_ranks
+from rewriter.protocol import Calibration, NearMiss, Site
+
+aten = torch.ops.aten
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def rows(count: int, width: int, seed: int = 0) -> Tensor:
+    """Correlated rows with a decaying spectrum, like activations."""
+    scale = torch.logspace(0, -2, width, dtype=torch.float64)
+    return normal(count, width, seed=seed) * scale @ normal(width, width, seed=seed + 1)
+
+
+def weighted_loss(difference: Tensor, gram: Tensor, metric: Tensor | None = None) -> float:
+    left = difference if metric is None else metric @ difference
+    return float((left * (difference @ gram)).sum())
+
+
+# ---- the optimum -------------------------------------------------------------------------
+
+SHAPES = [(24, 24), (12, 40), (40, 12)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("count", [200, 7])  # 7 rows: a singular Gram
+def test_loss_is_the_tail_and_the_optimum(shape, count):
+    weight, x = normal(*shape, seed=3), rows(count, shape[1])
+    gram = x.T @ x
+    fit = decompose(weight, gram)
+    curve = fit.curve
+    eigenvalues = torch.linalg.svdvals(weight @ x.T).square()
+    tail = torch.zeros(len(curve), dtype=torch.float64)
+    tail[: len(eigenvalues)] = eigenvalues.flip(0).cumsum(0).flip(0)[: len(curve)]
+    assert (curve - tail).abs().max() <= 1e-9 * curve[0]
+    assert (curve.diff() <= 0).all()
+    for rank in range(1, min(shape) + 1):
+        a, b = fit.factors(rank)
+        measured = weighted_loss(weight - a @ b, gram)
+        assert abs(measured - curve[rank]) <= 1e-9 * curve[0]
+        assert torch.allclose(a.T @ a, torch.eye(rank, dtype=a.dtype), atol=1e-10)
+    u, s, v = torch.linalg.svd(weight, full_matrices=False)
+    plain = (u[:, :4] * s[:4]) @ v[:4]
+    assert curve[4] <= weighted_loss(weight - plain, gram) + 1e-9 * curve[0]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("count", [200, 7])
+def test_two_sided_loss_is_the_tail_and_beats_one_sided(shape, count):
+    weight, x, g = normal(*shape, seed=3), rows(200, shape[1]), rows(count, shape[0], seed=5)
+    gram, metric = x.T @ x, g.T @ g / count
+    two, one = decompose(weight, gram, metric), decompose(weight, gram)
+    for rank in range(1, min(shape)):
+        a, b = two.factors(rank)
+        loss = weighted_loss(weight - a @ b, gram, metric)
+        # the fit sees the lifted metric, the measurement the original one
+        assert loss <= two.curve[rank] + 1e-9 * two.curve[0]
+        assert two.curve[rank] - loss <= 1e-3 * two.curve[0]
+        a, b = one.factors(rank)
+        assert loss <= weighted_loss(weight - a @ b, gram, metric) + 1e-5 * two.curve[0]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("two_sided", [False, True])
+@pytest.mark.parametrize("count", [200, 7, 0])
+def test_full_rank_is_the_weight_whatever_the_gram(shape, two_sided, count):
+    weight, x, g = normal(*shape, seed=3), rows(count, shape[1]), rows(9, shape[0], seed=5)
+    fit = decompose(weight, x.T @ x, g.T @ g if two_sided else None)
+    a, b = fit.factors(min(shape))
+    assert (a @ b - weight).abs().max() <= 1e-8
+    pivot = to_pivot(a, b)
+    assert pivot is not None
+    rebuilt = torch.cat([pivot.pivot, pivot.rest @ pivot.pivot])[pivot.order]
+    assert (rebuilt - weight).abs().max() <= 1e-7
+
+
+def test_identity_gram_is_plain_svd():
+    weight = normal(12, 20)
+    a, b = decompose(weight, 3 * torch.eye(20, dtype=torch.float64)).factors(5)
+    u, s, v = torch.linalg.svd(weight, full_matrices=False)
+    assert torch.allclose(a @ b, (u[:, :5] * s[:5]) @ v[:5], atol=1e-10)
+
+
+@pytest.mark.parametrize("rank", [1, 5, 12, 24])
+def test_pivot_is_the_product_and_its_rows(rank):
+    a, b = torch.linalg.qr(normal(24, rank))[0], normal(rank, 30, seed=1)
+    pivot = to_pivot(a, b)
+    assert pivot is not None
+    assert pivot.pivot.numel() + pivot.rest.numel() == cost(rank, (24, 30), pivot=True)
+    rebuilt = torch.cat([pivot.pivot, pivot.rest @ pivot.pivot])[pivot.order]
+    assert (rebuilt - a @ b).abs().max() <= 1e-12
+
+
+def test_pivot_refuses_a_dependent_column():
+    a = normal(10, 3)
+    a[:, 2] = a[:, 0] + 1e-7 * a[:, 2]
+    assert to_pivot(a, normal(3, 5)) is None
+
+
+# ---- the budget --------------------------------------------------------------------------
+
+
+def choices(count: int = 12) -> list[Choice]:
+    found = []
+    for seed in range(count):
+        shape = SHAPES[seed % 3]
+        energy = normal(min(shape), seed=seed).square().sort(descending=True).values
+        tail = torch.cat([energy.flip(0).cumsum(0).flip(0), energy.new_zeros(1)])
+        found.append(Choice(shape, (tail * (1 + seed)).tolist()))
+    return found
+
+
+def spent(shapes: list[tuple[int, int]], ranks: list[int | None], pivot: bool) -> int:
+    return sum(
+        m * n if r is None else cost(r, (m, n), pivot)
+        for (m, n), r in zip(shapes, ranks, strict=True)
+    )
+
+
+@pytest.mark.parametrize("pivot", [False, True])
+@pytest.mark.parametrize("keep", [0.3, 0.6, 0.8, 0.95])
+def test_budget_is_spent_and_beats_uniform(keep, pivot):
+    sites = choices()
+    shapes = [c.shape for c in sites]
+    dense = sum(m * n for m, n in shapes)
+    ranks = allocate(sites, keep * dense, pivot)
+    assert ranks is not None
+    assert (keep - 0.01) * dense <= spent(shapes, ranks, pivot) <= keep * dense
+
+    def loss(chosen):
+        return sum(0.0 if r is None else c.curve[r] for c, r in zip(sites, chosen, strict=True))
+
+    uniform = uniform_ranks(shapes, keep, pivot)
+    assert spent(shapes, uniform, pivot) <= keep * dense
+    assert loss(ranks) <= loss(uniform)
+
+
+def test_budget_rounds_ranks_and_reports_what_cannot_be_met():
+    ranks = allocate(choices(), 0.5 * 12 * 500, True, multiple=4)
+    assert ranks is not None and all(r is None or r % 4 == 0 for r in ranks)
+    assert allocate(choices(), 10, True) is None
+
+
+def test_allocation_is_optimal_on_a_small_case():
+    sites = choices(2)
+    shapes = [c.shape for c in sites]
+    budget = 0.7 * sum(m * n for m, n in shapes)
+    ranks = allocate(sites, budget, True)
+    assert ranks is not None
+    options = [[*range(1, min(s)), None] for s in shapes]
+    best = min(
+        sum(0.0 if r is None else c.curve[r] for c, r in zip(sites, (p, q), strict=True))
+        for p in options[0]
+        for q in options[1]
+        if spent(shapes, [p, q], True) <= budget
+    )
+    found = sum(0.0 if r is None else c.curve[r] for c, r in zip(sites, ranks, strict=True))
+    whole = sum(c.curve[0] for c in sites)
+    assert found - best <= 0.01 * whole  # within one rank of the exhaustive optimum
+
+
+# ---- graphs ------------------------------------------------------------------------------
+
+
+class Fake(Calibration):
+    """Interprets the graph on one batch; output Grams are of a fixed random gradient."""
+
+    def __init__(self, graph: Graph, *inputs: Tensor, gradients: bool = True) -> None:
+        self.graph, self.arguments, self.gradients = graph, inputs, gradients
+        self.tokens = inputs[0].shape[0] * inputs[0].shape[1]
+        self.asked: list[int] = []
+
+    def inputs(self, nodes: list[Node]) -> dict[Node, Tensor]:
+        values: dict[Node, Tensor] = {}
+
+        class Keep(Interpreter):
+            def run_node(self, n: Node):
+                result = super().run_node(n)
+                if n in nodes:
+                    values[n] = result
+                return result
+
+        with torch.no_grad():
+            Keep(self.graph.module).run(*self.arguments)
+        return {n: v.reshape(-1, v.shape[-1]) for n, v in values.items()}
+
+    def sequences(self, nodes: list[Node]) -> list[dict[Node, Tensor]]:
+        raise NotImplementedError
+
+    def grams(self, nodes: list[Node]) -> dict[Node, Tensor]:
+        self.asked.append(len(nodes))
+        return {n: v.double().T @ v.double() for n, v in self.inputs(nodes).items()}
+
+    def output_grams(self, nodes: list[Node]) -> dict[Node, Tensor]:
+        if not self.gradients:
+            raise NotImplementedError
+        found = {}
+        for seed, (node, value) in enumerate(self.inputs(nodes).items()):
+            g = rows(64, value.shape[-1], seed=seed)
+            found[node] = g.T @ g / 64
+        return found
+
+
+class Conv1D(nn.Module):
+    """GPT-2's linear: the weight is stored transposed."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(inputs, outputs) / inputs**0.5)
+        self.bias = nn.Parameter(torch.randn(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = torch.addmm(self.bias, x.view(-1, x.shape[-1]), self.weight)
+        return flat.view(*x.shape[:-1], -1)
+
+
+class Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(50, 24)
+        self.q = nn.Linear(24, 24, bias=False)
+        self.k = nn.Linear(24, 12)
+        self.up = nn.Linear(24, 60)
+        self.down = Conv1D(60, 24)
+        self.shared = nn.Linear(24, 24)
+        self.head = nn.Linear(24, 50, bias=False)
+        self.head.weight = self.embed.weight
+        self.one = nn.Linear(24, 1)
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.embed(ids)
+        x = x + self.q(x) * self.k(x).repeat(1, 1, 2)
+        x = x + self.down(torch.relu(self.up(x)))
+        x = self.shared(torch.tanh(self.shared(x)))
+        return self.head(x), self.one(x)
+
+
+IDS = torch.randint(50, (4, 40), generator=torch.Generator().manual_seed(0))
+
+
+def small(model: nn.Module | None = None) -> Graph:
+    if model is None:
+        torch.manual_seed(0)
+        model = Small()
+    module = torch.export.export(model.eval(), (IDS,)).module(check_guards=False)
+    graph = Graph(module=module)
+    graph.sweep()  # export lists parameters that nothing reads
+    return graph
+
+
+def chosen(rewriting: LowRank, graph: Graph) -> list[Site]:
+    return [s for s in rewriting.sites(graph) if isinstance(s, Site)]
+
+
+def run(graph: Graph, **options) -> tuple[dict[str, dict], Fake]:
+    """Prepare and rewrite every site as the driver does; facts by site, and the calibration."""
+    rewriting = LowRank(**options)
+    found = chosen(rewriting, graph)
+    calibration = Fake(graph, IDS)
+    rewriting.prepare(graph, found, calibration)
+    facts = {}
+    for site in found:
+        made = rewriting.rewrite(graph, site)
+        graph.sweep(made.dropped)
+        facts[site.name] = made.facts
+    assert not rewriting._factored  # nothing is kept after the last rewrite
+    return facts, calibration
+
+
+def difference(graph: Graph, expected: tuple[Tensor, Tensor]) -> float:
+    actual = graph.module(IDS)
+    return max(
+        float((a - e).abs().max() / e.abs().max()) for a, e in zip(actual, expected, strict=True)
+    )
+
+
+def test_sites_and_near_misses():
+    found = list(LowRank(keep=0.5).sites(small()))
+    assert [s.name for s in found if isinstance(s, Site)] == ["q", "k", "up", "down"]
+    reasons = {s.name: s.reason for s in found if isinstance(s, NearMiss)}
+    assert "shared by 2 linears" in reasons["shared"]
+    assert "rank 1" in reasons["one"]
+    tied = [r for r in reasons.values() if "tied to an embedding" in r]
+    assert len(tied) == 1
+
+
+@pytest.mark.parametrize("form", ["factors", "pivot"])
+@pytest.mark.parametrize("weighting", ["activation", "two_sided"])
+def test_full_rank_is_the_original(form, weighting):
+    graph = small()
+    with torch.no_grad():
+        expected = graph.module(IDS)
+        facts, calibration = run(graph, rank=1000, form=form, weighting=weighting)
+        assert difference(graph, expected) <= 1e-5
+    assert {f["rank"] for f in facts.values()} == {12, 24}
+    assert calibration.asked == [3]  # q and k have one input
+    names = {n for n, _ in graph.parameters()}
+    assert "q.weight" not in names and "down.weight" not in names
+    assert {"k.bias", "down.bias"} <= names
+
+
+@pytest.mark.parametrize("weighting", ["activation", "two_sided"])
+def test_pivot_and_factors_are_one_function(weighting):
+    graphs = {form: small() for form in ("factors", "pivot")}
+    with torch.no_grad():
+        before = graphs["pivot"].module(IDS)
+        facts = {f: run(g, rank=8, form=f, weighting=weighting)[0] for f, g in graphs.items()}
+        expected = graphs["factors"].module(IDS)
+        assert difference(graphs["pivot"], expected) <= 1e-5
+        assert difference(graphs["pivot"], before) > 1e-2  # rank 8 is not the original
+    for name in facts["pivot"]:
+        assert facts["pivot"][name]["form"] == "pivot"
+        saved = (
+            facts["factors"][name]["parameters_after"] - facts["pivot"][name]["parameters_after"]
+        )
+        assert saved == 8 * 8
+
+
+@pytest.mark.parametrize("name", ["k", "up", "down"])
+def test_measured_loss_is_the_predicted_one(name):
+    """In the graph, in float32, for both layouts of a weight."""
+    graph = small()
+    rewriting = LowRank(rank=8, weighting="activation")
+    site = next(s for s in chosen(rewriting, graph) if s.name == name)
+    calibration = Fake(graph, IDS)
+    rewriting.prepare(graph, [site], calibration)
+    expected = calibration.inputs([site.node])[site.node].double()
+    made = rewriting.rewrite(graph, site)
+    graph.sweep(made.dropped)
+    actual = calibration.inputs([made.output])[made.output].double()
+    error = float((actual - expected).square().sum())
+    assert made.facts["predicted_loss"] > 0.01 * made.facts["total_energy"]
+    assert abs(error - made.facts["predicted_loss"]) <= 1e-6 * made.facts["total_energy"]
+
+
+@pytest.mark.parametrize("form", ["factors", "pivot"])
+@pytest.mark.parametrize("allocation", ["uniform", "loss_curve"])
+@pytest.mark.parametrize("keep", [0.5, 0.8])
+def test_keep_is_respected(form, allocation, keep):
+    graph = small()
+    facts, _ = run(graph, keep=keep, form=form, allocation=allocation)
+    before = sum(f["parameters_before"] for f in facts.values())
+    after = sum(f["parameters_after"] for f in facts.values())
+    assert after <= keep * before
+    # uniform loses up to one rank a site: coarse at these widths
+    assert after >= (keep - (0.01 if allocation == "loss_curve" else 0.06)) * before
+    actual = sum(
+        v.numel()
+        for n, v in graph.parameters()
+        if v.is_floating_point() and n.split(".")[0] in facts and not n.endswith(".bias")
+    )
+    assert actual == after
+
+
+def test_keep_everything_changes_nothing():
+    graph = small()
+    text = str(graph)
+    facts, _ = run(graph, keep=1.0)
+    assert str(graph) == text
+    assert {f["form"] for f in facts.values()} == {"dense"}
+
+
+def test_planted_rank_is_found():
+    torch.manual_seed(0)
+    model = Small()
+    with torch.no_grad():
+        model.up.weight.copy_(torch.randn(60, 3) @ torch.randn(3, 24))
+    graph = small(model)
+    expected = graph.module(IDS)
+    dense = 24 * 24 + 12 * 24 + 60 * 24 * 2
+    facts, _ = run(graph, keep=1 - 0.8 * (1440 - cost(3, (60, 24), True)) / dense)
+    assert facts["up"]["rank"] < 24 and facts["up"]["predicted_loss"] <= 1e-6
+    assert {facts[n]["form"] for n in ("q", "k", "down")} == {"dense"}
+    assert difference(graph, expected) <= 1e-5
+
+
+def test_falls_back_without_a_loss_unless_asked():
+    graph = small()
+    rewriting = LowRank(rank=4)
+    found = chosen(rewriting, graph)
+    rewriting.prepare(graph, found, Fake(graph, IDS, gradients=False))
+    assert rewriting.rewrite(graph, found[0]).facts["weighting"] == "activation"
+    graph = small()
+    rewriting = LowRank(rank=4, weighting="two_sided")
+    with pytest.raises(NotImplementedError):
+        rewriting.prepare(graph, chosen(rewriting, graph), Fake(graph, IDS, gradients=False))
+
+
+def test_ill_conditioned_pivot_falls_back(monkeypatch):
+    monkeypatch.setattr("rewriter.passes.low_rank.to_pivot", lambda a, b: None)
+    facts, _ = run(small(), rank=4)
+    assert facts["q"]["form"] == "factors" and "ill-conditioned" in facts["q"]["fallback"]
+
+
+def test_mistakes_are_explained():
+    for options in ({}, {"keep": 0.5, "rank": 3}, {"keep": 1.5}, {"rank": 0}):
+        with pytest.raises(ValidationError):
+            LowRank(**options)
+    graph = small()
+    rewriting = LowRank(keep=0.01)
+    with pytest.raises(PlanError, match="data"):
+        rewriting.prepare(graph, chosen(rewriting, graph), None)
+    with pytest.raises(PlanError, match="raise keep"):
+        rewriting.prepare(graph, chosen(rewriting, graph), Fake(graph, IDS))
