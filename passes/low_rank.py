@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -81,6 +81,7 @@ class LowRank(Pass):
     def __init__(self, config: PassConfig | None = None, **options: Any) -> None:
         super().__init__(config, **options)
         self._factored: dict[str, _Factored] = {}
+        self._reads: dict[str, tuple[str, str | None]] = {}  # nodes: input, bias
 
     def sites(self, graph: Graph) -> Iterator[Site | NearMiss]:
         users = _weight_users(graph)
@@ -114,6 +115,10 @@ class LowRank(Pass):
             raise PlanError("low_rank needs calibration text", "give data: a text file or dataset")
         self._factored = {}
         linears = {site.name: _linear(site) for site in sites}
+        self._reads = {
+            name: (x.input.name, x.bias.name if x.bias is not None else None)
+            for name, x in linears.items()
+        }
         weighting, output_grams = self._output_grams(list(linears.values()), calibration)
         fits = self._fit(graph, linears, calibration, output_grams)
         shapes = [_shape(x, graph.tensor(x.weight)) for x in linears.values()]
@@ -232,7 +237,7 @@ class LowRank(Pass):
     # ---- graph ---------------------------------------------------------------------------
 
     def rewrite(self, graph: Graph, site: Site) -> Made:
-        made = self._factored.pop(site.name)
+        made = self._factored[site.name]
         if not made.tensors:
             return Made(site.node, facts=made.facts)
         linear = _linear(site)
@@ -268,6 +273,33 @@ class LowRank(Pass):
         site.node.replace_all_uses_with(output)
         graph.module.graph.erase_node(site.node)
         return Made(output, {str(linear.weight.target)}, made.facts)
+
+
+    # ---- what the gate compares with -----------------------------------------------------
+
+    def needs(self, site: Site) -> list[str]:
+        return [name for name in self._reads.get(site.name, ()) if name is not None]
+
+    def expected(
+        self, site: Site, original: Callable[[str], Any], output: Tensor
+    ) -> Tensor | None:
+        """x W'ᵀ + b in float64, with the whole matrix W' of the rank that was chosen."""
+        if site.name not in self._reads:
+            return None
+        tensors = self._factored[site.name].tensors
+        if not tensors:  # it stays dense
+            return output
+        wide = {k: v.double() if v.is_floating_point() else v for k, v in tensors.items()}
+        if "a" in wide:
+            weight = wide["a"] @ wide["b"]
+        else:
+            rows = wide["pivot"]
+            if wide["rest"].numel():
+                rows = torch.cat([rows, wide["rest"] @ rows])
+            weight = rows[wide["order"]]
+        source, bias = self._reads[site.name]
+        made = original(source).double() @ weight.T.to(output.device)
+        return made if bias is None else made + original(bias).double()
 
 
 def _call(graph: Graph, like: Node, target: Any, *args: Any, path: str) -> Node:

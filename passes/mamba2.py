@@ -14,8 +14,8 @@ from torch import Tensor
 
 import rewriter.kernels.causal_conv1d
 import rewriter.kernels.ssd  # noqa: F401  both register their op
-from rewriter.errors import PlanError
-from rewriter.graph import Graph, Linear, aten
+from rewriter.errors import PlanError, VerifyError
+from rewriter.graph import Graph, Linear, argument, aten
 from rewriter.passes._region import Caller, Region, find_region
 from rewriter.protocol import Calibration, Contract, Made, NearMiss, Pass, PassConfig, Site
 
@@ -74,6 +74,15 @@ class Mixer:
     norm: bool = True
 
 
+@dataclass(frozen=True)
+class _Promise:
+    """The mixer of a site, and the nodes that it reads."""
+
+    mixer: Mixer
+    hidden: str
+    mask: str | None
+
+
 class Mamba2(Pass):
     """Softmax attention becomes a Mamba-2 layer: C = query, B = key, x = value.
 
@@ -91,6 +100,7 @@ class Mamba2(Pass):
         super().__init__(config, **options)
         self.needs_calibration = self.config.fit != "none"  # type: ignore[misc]
         self._fitted: dict[str, tuple[Mixer, dict[str, Any]]] = {}
+        self._promised: dict[str, _Promise] = {}
 
     def sites(self, graph: Graph) -> Iterator[Site | NearMiss]:
         for a in graph.attention:
@@ -108,8 +118,11 @@ class Mamba2(Pass):
         Raises:
             PlanError: a fit is asked for and there is no calibration text.
         """
-        self._fitted = {}
+        self._fitted, self._promised = {}, {}
         if self.config.fit == "none":
+            for s in sites:
+                region = _find(graph, s)
+                self._keep(region, self._mixer(graph, region), {})
             return
         if calibration is None:
             raise PlanError(
@@ -122,7 +135,13 @@ class Mamba2(Pass):
             for r in group:
                 pairs = [(v[r.hidden], v[r.output]) for v in values]
                 mixer = self._mixer(graph, r)
-                self._fitted[r.attention.path] = fit(mixer, pairs, self.config.ridge)
+                self._keep(r, *fit(mixer, pairs, self.config.ridge))
+
+    def _keep(self, region: Region, mixer: Mixer, facts: dict[str, Any]) -> None:
+        a = region.attention
+        mask = a.mask.name if a.mask is not None else None
+        self._fitted[a.path] = mixer, facts
+        self._promised[a.path] = _Promise(mixer, region.hidden.name, mask)
 
     def rewrite(self, graph: Graph, site: Site) -> Made:
         region = _find(graph, site)
@@ -146,6 +165,37 @@ class Mamba2(Pass):
             dropped=region.tensors(),
             facts={"init": self.config.init, "state_floats": _state_size(mixer), **facts},
         )
+
+    # ---- what the gate compares with -----------------------------------------------------
+
+    def check(self, graph: Graph, site: Site, made: Made) -> None:
+        """Convolution and scan both leave out padding, and start without a past."""
+        if (promise := self._promised.get(site.name)) is None:
+            return
+        prefix = f"{site.name}.mamba2"
+        for target in (CONV, SSD):
+            nodes = [n for n in graph.nodes if n.target is target and n.meta.get("path") == prefix]
+            if len(nodes) != 1:
+                raise VerifyError(f"{prefix} has {len(nodes)} {target} instead of one")
+            for name, wanted in (("mask", promise.mask is not None), ("state", False)):
+                if (argument(nodes[0], name) is not None) != wanted:
+                    raise VerifyError(f"{nodes[0].name}: its {name} is wrong after the rewrite")
+
+    def needs(self, site: Site) -> list[str]:
+        promise = self._promised.get(site.name)
+        names = (promise.hidden, promise.mask) if promise else ()
+        return [n for n in names if n is not None]
+
+    def expected(
+        self, site: Site, original: Callable[[str], Any], output: Tensor
+    ) -> Tensor | None:
+        """The mixer as one lower triangular matrix a head, in float64."""
+        promise = self._promised.get(site.name)
+        if promise is None:
+            return None
+        hidden = original(promise.hidden)
+        mask = original(promise.mask) if promise.mask is not None else None
+        return quadratic(hidden, promise.mixer, mask)
 
     def _mixer(self, graph: Graph, region: Region) -> Mixer:
         a = region.attention
@@ -218,6 +268,52 @@ def features(
 def mixer_features(hidden: Tensor, mixer: Mixer, mask: Tensor | None = None) -> Tensor:
     """`features` on tensors: hidden [B, L, D] and mask [B, L] to [B, L, H d]."""
     return features(lambda f, *args: f(*args), hidden, mixer.tensors, mixer, mask)
+
+
+def quadratic(hidden: Tensor, mixer: Mixer, mask: Tensor | None) -> Tensor:
+    """What a mixer computes, without its scan: y_t = Σ_{s ≤ t} (C_t·B_s) exp(l_t - l_s) dt_s x_s.
+
+    Args:
+        hidden: [B, L, D]. mask: [B, S ≥ L], whose last L columns are these tokens, or None.
+
+    Returns:
+        [B, L, Dout] float64: the output of out_proj.
+    """
+    p = {n: t.detach().double() for n, t in mixer.tensors.items()}
+    (batch, length, _), (H, Hk, d) = hidden.shape, (mixer.heads, mixer.kv_heads, mixer.width)
+    real = torch.ones(batch, length, dtype=torch.bool, device=hidden.device)
+    real = real if mask is None else mask[:, mask.shape[1] - length :].bool()
+    projected = hidden.double() @ p["in_proj.weight"].T
+    if "in_proj.bias" in p:
+        projected = projected + p["in_proj.bias"]
+    z, x, B, C, dt = projected.split([H * d * mixer.gate, Hk * d, Hk * d, H * d, H], 2)
+    mixed = torch.cat([x, B, C], 2) * real[..., None]
+    kernel = p["conv1d.weight"]  # its last column is for the current token
+    total = p["conv1d.bias"].expand(mixed.shape)
+    for lag in range(min(kernel.shape[1], length)):
+        shifted = torch.zeros_like(mixed)
+        shifted[:, lag:] = mixed[:, : length - lag]
+        total = total + kernel[:, -1 - lag] * shifted
+    if mixer.activation == "silu":
+        total = total * total.sigmoid()
+    x, B, C = total.split([Hk * d, Hk * d, H * d], 2)
+    step = torch.logaddexp(dt + p["dt_bias"], dt.new_zeros(())) * real[..., None]
+    past = torch.ones(length, length, dtype=torch.bool, device=hidden.device).tril()
+    made = []
+    for h in range(H):
+        group = slice(h // (H // Hk) * d, (h // (H // Hk) + 1) * d)
+        own = slice(h * d, (h + 1) * d)
+        decay = -p["A_log"][h].exp() * step[..., h].cumsum(1)
+        decay = decay[:, :, None] - decay[:, None, :]
+        matrix = (C[..., own] @ B[..., group].mT) * decay.masked_fill(~past, -torch.inf).exp()
+        y = (matrix * step[:, None, :, h]) @ x[..., group] + p["D"][h] * x[..., group]
+        if mixer.gate:
+            y = y * z[..., own] * z[..., own].sigmoid()
+        if mixer.norm:
+            y = y / (y.square().mean(-1, keepdim=True) + EPS).sqrt() * p["norm.weight"][own]
+        made.append(y)
+    output = torch.cat(made, 2) @ p["out_proj.weight"].T
+    return output + p["out_proj.bias"] if "out_proj.bias" in p else output
 
 
 def initial_mixer(graph: Graph, region: Region, config: Config, random: torch.Generator) -> Mixer:

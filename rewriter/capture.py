@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
+import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,10 +17,9 @@ from transformers.utils import ModelOutput
 
 from rewriter import attention_interface
 from rewriter.errors import CaptureError, RewriterError
+from rewriter.examples import BATCH, example_inputs, generates
 from rewriter.graph import Graph, aten
 
-#: Inputs that we know how to make examples of, in the order of the graph's inputs.
-BATCH, LENGTH = 2, 12
 ASSERTIONS = ("_assert", "sym_constrain", "_guards_fn")
 
 
@@ -52,67 +51,6 @@ def capture(model: nn.Module | str | Path, *, meta: bool = False, example: Any =
 
 
 # ---- transformers -------------------------------------------------------------------------
-
-
-def example_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Small inputs for a model, by the names of its forward; the mask is padded."""
-    config, names = model.config, inspect.signature(model.forward).parameters
-    device = model.device
-    text = config.get_text_config(decoder=True) if config.is_encoder_decoder else config
-    text = getattr(text, "text_config", None) or text
-    vocabulary = min(getattr(text, "vocab_size", None) or 16, 200)
-    generator = torch.Generator().manual_seed(0)
-    pad = getattr(text, "pad_token_id", None) or 0
-
-    def tokens(length: int = LENGTH) -> Tensor:
-        ids = torch.randint(3, max(vocabulary, 5), (BATCH, length), generator=generator)
-        return ids.masked_fill(ids == pad, 2 if pad != 2 else 3).to(device)
-
-    def mask(length: int = LENGTH) -> Tensor:
-        ones = torch.ones(BATCH, length, dtype=torch.long, device=device)
-        ones[0, : length // 3] = 0
-        return ones
-
-    inputs: dict[str, Tensor] = {}
-    if "pixel_values" in names:
-        vision = getattr(config, "vision_config", None) or config
-        size = vision.image_size
-        height, width = (size, size) if isinstance(size, int) else size
-        channels = getattr(vision, "num_channels", 3)
-        shape = (BATCH, channels, height, width)
-        inputs["pixel_values"] = torch.randn(shape, generator=generator).to(device)
-    if "input_features" in names:  # audio: [B, mel bins, frames], two frames a position
-        frames = 2 * config.max_source_positions
-        shape3 = (BATCH, config.num_mel_bins, frames)
-        inputs["input_features"] = torch.randn(shape3, generator=generator).to(device)
-    if "input_ids" in names and "input_features" not in inputs:
-        inputs["input_ids"] = tokens()
-        inputs["attention_mask"] = mask()
-    if "decoder_input_ids" in names:
-        inputs["decoder_input_ids"] = tokens(LENGTH - 3)
-    if generates(model) and "position_ids" in names:
-        inputs["position_ids"] = (inputs["attention_mask"].cumsum(-1) - 1).clamp_min(0)
-    elif "token_type_ids" in names and getattr(config, "type_vocab_size", 0):
-        inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
-    for image_token in ("image_token_id", "image_token_index"):
-        if getattr(config, image_token, None) is not None and "pixel_values" in inputs:
-            inputs["input_ids"] = _place_images(model, inputs, getattr(config, image_token))
-            inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    if not inputs:
-        raise CaptureError(f"no input of {type(model).__name__} is known", "pass an nn.Module")
-    return inputs
-
-
-def _place_images(model: PreTrainedModel, inputs: dict[str, Tensor], token: int) -> Tensor:
-    vision = model.config.vision_config
-    patches = (vision.image_size // vision.patch_size) ** 2
-    images = torch.full((BATCH, patches), token, device=model.device)
-    return torch.cat([inputs["input_ids"][:, :4], images, inputs["input_ids"][:, 4:]], 1)
-
-
-def generates(model: PreTrainedModel) -> bool:
-    """A decoder-only model that generates text and so gets state."""
-    return model.can_generate() and not model.config.is_encoder_decoder
 
 
 @contextmanager
@@ -204,10 +142,31 @@ def _capture_transformers(model: PreTrainedModel) -> Graph:
     for node, name in zip(placeholders, inputs, strict=True):
         node.target = name
         node._rename(name)
+    _guard_sizes(graph, {k: list(dims) for k, dims in auto.items()})
     graph.recompile()
     if stateful:
         graph.default_positions = _default_positions(model)
     return graph
+
+
+def _guard_sizes(graph: Graph, dynamic: dict[str, list[int]]) -> None:
+    """Refuse other sizes than the example's where the model's own code fixed them."""
+    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+    anchor = graph.nodes[graph.nodes.index(placeholders[-1]) + 1]
+    for node in placeholders:
+        for dim in dynamic[node.target]:
+            fixed = node.meta["val"].shape[dim]
+            if not isinstance(fixed, int):
+                continue
+            message = (
+                f"{graph.model_class} ties its graph to {node.target} of size {fixed} "
+                f"in dimension {dim}: it runs at no other"
+            )
+            with graph.module.graph.inserting_before(anchor):
+                size = graph.call(aten.sym_size.int, node, dim)
+                same = graph.call(operator.eq, size, fixed)
+                graph.call(aten._assert_scalar.default, same, message)
+            size.meta["val"], same.meta["val"] = fixed, True
 
 
 def _export(module: nn.Module, inputs: dict[str, Tensor], shapes: dict[str, Any]) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,30 +86,58 @@ def table(model: str, found: list[dict[str, Any]]) -> RenderableType:
 
 
 def check_files(folder: Path) -> list[str]:
-    """Compare files with the SHA-256 that lock.json holds under "files"; returns their names.
+    """Compare a folder with the SHA-256 hashes in its lock; returns the names checked.
 
-    Raises RewriterError naming every file that is missing or differs.
+    The lock holds "files" (relative path: hash of the bytes), "tensors" (name in
+    model.safetensors: hash of the values), or both.
+    Raises RewriterError naming whatever is missing or differs.
     """
     try:
         lock = json.loads((folder / "lock.json").read_text(encoding="utf-8"))
-        files = dict(lock["files"])
-    except (ValueError, KeyError, TypeError):
+        files, tensors = dict(lock.get("files") or {}), dict(lock.get("tensors") or {})
+    except (ValueError, AttributeError, TypeError):
+        files, tensors = {}, {}
+    if not files and not tensors:
         raise RewriterError(
-            f"lock.json of '{folder}' is damaged: it lists no files", "apply the plan again"
-        ) from None
-    wrong = []
+            f"lock.json of '{folder}' is damaged: it holds no hashes", "apply the plan again"
+        )
+    wrong = [*_wrong_files(folder, files), *(_wrong_tensors(folder, tensors) if tensors else [])]
+    if wrong:
+        more = f"; and {len(wrong) - 8} more" if len(wrong) > 8 else ""
+        raise RewriterError(
+            f"'{folder}' is not what its lock says: {'; '.join(wrong[:8])}{more}",
+            "apply the plan again",
+        )
+    return sorted({*files, *(["model.safetensors"] if tensors else [])})
+
+
+def _wrong_files(folder: Path, files: dict[str, str]) -> Iterator[str]:
     for name, expected in files.items():
         path = folder / name
         # A name that leads outside is not one that `apply` wrote.
         if not path.resolve().is_relative_to(folder.resolve()) or not path.is_file():
-            wrong.append(f"{name} is missing")
+            yield f"{name} is missing"
         elif sha256(path) != str(expected).removeprefix("sha256:"):
-            wrong.append(f"{name} has changed")
-    if wrong:
-        raise RewriterError(
-            f"'{folder}' is not what its lock says: {'; '.join(wrong)}", "apply the plan again"
-        )
-    return sorted(files)
+            yield f"{name} has changed"
+
+
+def _wrong_tensors(folder: Path, tensors: dict[str, str]) -> Iterator[str]:
+    import torch
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(folder / "model.safetensors", framework="pt") as file:
+            names = set(file.keys())
+            yield from (f"{name} is not in the lock" for name in sorted(names - set(tensors)))
+            for name, expected in tensors.items():
+                if name not in names:
+                    yield f"{name} is missing"
+                    continue
+                data = file.get_tensor(name).reshape(-1).view(torch.uint8).numpy()
+                if hashlib.sha256(data.tobytes()).hexdigest() != expected:
+                    yield f"{name} has changed"
+    except (SafetensorError, FileNotFoundError) as error:
+        yield f"model.safetensors cannot be read: {error}"
 
 
 def hash_files(folder: Path) -> dict[str, str]:

@@ -136,8 +136,24 @@ class Pass(ABC):
 
     @abstractmethod
     def rewrite(self, graph: Graph, site: Site) -> Made:
-        """Rewrite one site: graph and tensors together."""
+        """Rewrite one site: graph and tensors together.
 
+        May be called again for the same site, on a fresh copy of the graph, when another site
+        of the step is rolled back: what `prepare` has chosen stays.
+        """
+
+    def check(self, graph: Graph, site: Site, made: Made) -> None:
+        """Look at the rewritten site right after the step; raise VerifyError if it is wrong.
+
+        For what no text can show: a window longer than every sequence of the gate, say.
+        """
+
+    def needs(self, site: Site) -> list[str]:
+        """Names of the nodes, as `prepare` found them, whose values `expected` asks for.
+
+        The gate keeps these values until the site is compared, and no others.
+        """
+        return []
 
     def expected(
         self, site: Site, original: Callable[[str], Any], output: Tensor
@@ -145,8 +161,11 @@ class Pass(ABC):
         """What the rewritten site must give on the original's activations, or None.
 
         An independent, slow statement of what the pass does, so that the gate can tell a wrong
-        rewrite from a lossy one. `original(name)` is the value of a node of the original graph;
-        `output` the original's output at the site.
+        rewrite from a lossy one; it must not look at the rewritten graph.
+
+        Args:
+            original: value, before the step, of a node that `needs` lists.
+            output: the site's output before the step.
         """
         return None
 

@@ -6,14 +6,15 @@ import copy
 import hashlib
 import platform
 import time
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from transformers import AutoTokenizer, PreTrainedModel
-
 
 from rewriter import gate
 from rewriter.calibration import Activations, copy_module, graph_inputs, token_batches
@@ -24,7 +25,7 @@ from rewriter.inspection import total_layers
 from rewriter.loading import load_model
 from rewriter.model import RewriterConfig, RewrittenModel, companions
 from rewriter.plan import Plan
-from rewriter.protocol import Contract, Made, Site
+from rewriter.protocol import Contract, Made, Pass, Site
 from rewriter.selection import select
 from rewriter.state import thread_state
 from rewriter.state_size import pays_from
@@ -76,17 +77,18 @@ def rewrite(
     before = _count(graph)
     state_before = _state_size(graph)
     batches, about = _batches(graph, original, tokenizer, plan, data, text)
-    sites, misses = _run_steps(graph, plan, reference, batches)
+    run = _run_steps(graph, plan, reference, batches, text)
+    sites = run.sites
     seconds["passes"], clock = time.perf_counter() - clock, time.perf_counter()
     report: dict[str, Any] = {
         "model": source,
         "plan": plan.to_yaml(),
         "status": _status(sites),
         "data": about,
-        "near_misses": misses,
-        "warnings": [about["note"]] if about["note"] else [],
+        "near_misses": run.misses,
+        "warnings": ([about["note"]] if about["note"] else []) + run.warnings,
     }
-    report |= _check(graph, reference, sites, plan, batches, text)
+    report |= _check(graph, reference, run, plan, text)
     seconds["gate"], clock = time.perf_counter() - clock, time.perf_counter()
     state_after = _state_size(graph)
     if _threads(graph):
@@ -154,31 +156,104 @@ def _batches(
     )
 
 
+@dataclass
+class _Steps:
+    """What the plan's steps did: rewritten sites, near misses, warnings, the gate's batches."""
+
+    sites: list[gate.Rewritten] = field(default_factory=list)
+    misses: list[dict[str, Any]] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    batches: list[list[Tensor]] = field(default_factory=list)
+
+
 def _run_steps(
-    graph: Graph, plan: Plan, reference: Any, batches: list[list[Tensor]]
-) -> tuple[list[gate.Rewritten], list[dict[str, Any]]]:
-    """Run the plan's steps in order, with the verifier after each."""
-    done: list[gate.Rewritten] = []
-    misses: list[dict[str, Any]] = []
+    graph: Graph, plan: Plan, reference: Any, batches: list[list[Tensor]], text: bool
+) -> _Steps:
+    """Run the plan's steps in order, with the verifier and the gate after each."""
+    run = _Steps()
+    run.batches = batches[:: max(1, len(batches) // plan.gate.sequences)][: plan.gate.sequences]
+    checked, masks = list(run.batches), [torch.ones(b[0].shape[:2]) for b in run.batches]
+    if text and run.batches and "attention_mask" in graph.inputs:
+        padded, mask = _padded(graph, run.batches)
+        checked.append(padded)
+        masks.append(mask)
     layers = total_layers(graph)
-    for step in plan.steps:
+    for number, step in enumerate(plan.steps):
+        before = reference if number == 0 else copy_module(graph.module)
         made_by = step.build()
         found = list(made_by.sites(graph))
         chosen, near = select(found, made_by.config, layers, made_by.name)
-        misses += [{"pass": step.name, "site": m.name, "reason": m.reason} for m in near]
+        run.misses += [{"pass": step.name, "site": m.name, "reason": m.reason} for m in near]
         calibration = Activations(reference, graph, batches) if batches else None
         made_by.prepare(graph, chosen, calibration if made_by.needs_calibration else None)
-        for site in chosen:
-            origin = _origin(site, done)
-            made: Made = made_by.rewrite(graph, site)
-            done = [d for d in done if d.output is not made.output and d.original != origin]
-            done.append(
-                gate.Rewritten(made_by, site, origin, made.output, made.facts, made.dropped)
-            )
-        declared = set().union(*(d.dropped for d in done)) if done else set()
-        graph.sweep(declared)
-        verify(graph, done)
-    return done, misses
+        earlier, dropped = list(run.sites), set(graph.dropped)
+        while True:
+            made = _apply(graph, made_by, chosen, run)
+            gate.measure_step(before, graph.module, made, checked, masks)
+            if number:
+                gate.measure_sites(reference, graph.module, run.sites, checked, masks)
+            back, warnings = gate.judge(made, _dtype(graph))
+            run.warnings += warnings
+            if not back:
+                break
+            left = {s.site.name for s in back}
+            chosen = [s for s in chosen if s.name not in left]
+            chosen = _restore(graph, before, reference, earlier, chosen)
+            graph.dropped, run.sites = set(dropped), list(earlier)
+            if not chosen:
+                if number:
+                    gate.measure_sites(reference, graph.module, run.sites, checked, masks)
+                break
+    return run
+
+
+def _apply(graph: Graph, made_by: Pass, chosen: list[Site], run: _Steps) -> list[gate.Rewritten]:
+    """Rewrite the chosen sites; `run.sites` then holds the newest rewrite of every value."""
+    done = run.sites
+    result: list[gate.Rewritten] = []
+    checks: list[tuple[Site, Made]] = []
+    for site in chosen:
+        found, origin = site.node.name, _origin(site, done)
+        made: Made = made_by.rewrite(graph, site)
+        done = [d for d in done if d.output is not made.output and d.original != origin]
+        result.append(
+            gate.Rewritten(made_by, site, found, origin, made.output, made.facts, made.dropped)
+        )
+        done.append(result[-1])
+        checks.append((site, made))
+    run.sites = done
+    declared = set().union(*(d.dropped for d in done)) if done else set()
+    graph.sweep(declared)
+    verify(graph, done)
+    for site, made in checks:
+        made_by.check(graph, site, made)
+    lost = [s for s in result if s not in done]
+    if lost:
+        raise VerifyError(f"{lost[0].site.name}: another site of {made_by.name} has its output")
+    return result
+
+
+def _restore(
+    graph: Graph,
+    before: GraphModule,
+    reference: GraphModule,
+    earlier: list[gate.Rewritten],
+    chosen: list[Site],
+) -> list[Site]:
+    """Put the graph back to before the step; the chosen sites with their nodes in it."""
+    graph.module = copy_module(before)
+    nodes = {n.name: n for n in graph.module.graph.nodes}
+    for other in reference.graph.nodes:  # values are compared by name: a name is never reused
+        if other.name not in nodes:
+            graph.module.graph._graph_namespace.create_name(other.name, None)
+    for site in earlier:
+        site.output = nodes[site.output.name]
+    return [replace(s, node=nodes[s.node.name]) for s in chosen]
+
+
+def _dtype(graph: Graph) -> torch.dtype:
+    floats = (t.dtype for _, t in graph.parameters() if t.is_floating_point())
+    return next(floats, torch.float32)
 
 
 def _origin(site: Site, done: list[gate.Rewritten]) -> str:
@@ -209,33 +284,14 @@ def verify(graph: Graph, sites: list[gate.Rewritten]) -> None:
 
 
 def _check(
-    graph: Graph,
-    reference: Any,
-    sites: list[gate.Rewritten],
-    plan: Plan,
-    batches: list[list[Tensor]],
-    text: bool,
+    graph: Graph, reference: GraphModule, run: _Steps, plan: Plan, text: bool
 ) -> dict[str, Any]:
-    """The gate: per site, then the whole model."""
-    if not sites:
+    """The gate on the whole model, and the report's entries for every site."""
+    if not run.sites:
         return {"sites": [], "whole": {}}
-    some = batches[:: max(1, len(batches) // plan.gate.sequences)][: plan.gate.sequences]
-    checked, masks = list(some), [torch.ones(b[0].shape[:2]) for b in some]
-    if text and len(some) > 1:
-        padded, mask = _padded(graph, some)
-        checked.append(padded)
-        masks.append(mask)
-    gate.measure_sites(reference, graph.module, sites, checked, masks)
-    dtype = next((t.dtype for _, t in graph.parameters() if t.is_floating_point()), torch.float32)
-    back, warnings = gate.judge(sites, dtype)
-    if back:
-        raise GateError(
-            f"{len(back)} sites are above their tolerance, and roll_back is not possible here",
-            "leave those layers out of the plan",
-        )
     whole: dict[str, float] = {}
     if text and graph.outputs[:1] == ["logits"] and "position_ids" in graph.inputs:
-        whole = gate.measure_whole(reference, graph.module, some)
+        whole = gate.measure_whole(reference, graph.module, run.batches)
         limit = plan.gate.max_kl
         if limit is not None and not whole["kl"] <= limit:
             raise GateError(
@@ -250,14 +306,15 @@ def _check(
             "error": s.error,
             "facts": s.facts,
         }
-        for s in sites
+        for s in run.sites
     ]
-    return {"sites": entries, "whole": whole, "warnings": warnings}
+    return {"sites": entries, "whole": whole}
 
 
 def _padded(graph: Graph, batches: list[list[Tensor]]) -> tuple[list[Tensor], Tensor]:
-    """Two of the sequences as one left-padded batch."""
-    first, second = batches[0][0], batches[1][0]
+    """Two sequences (or the only one twice) as one batch with the second row left-padded."""
+    column = graph.inputs.index("input_ids")
+    first, second = batches[0][column], batches[min(1, len(batches) - 1)][column]
     length = min(first.shape[1], second.shape[1])
     short = max(1, length * 2 // 3)
     ids = torch.cat([first[:, :length], second[:, :length]])

@@ -103,7 +103,8 @@ class Feeder:
         made = self.tokens(torch.ones(3, past + 4, dtype=torch.long), 4)
         for name, value in self.start(names, 3).items():
             made[name] = value.new_zeros((*value.shape[:2], past, value.shape[3])) if name.startswith("past_") else value
-        return tuple(made[n] for n in names)
+        # A strided example would make its stride a symbol, which ONNX has no word for.
+        return tuple(made[n].contiguous() for n in names)
 
     def dynamic(self, name: str) -> tuple[int, ...]:
         """Dimensions of an input that vary."""

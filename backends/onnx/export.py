@@ -331,6 +331,8 @@ def _write(
         output_names=names["outputs"],
         verbose=False,
     )
+    for node in onnx.model.graph.all_nodes():
+        node.metadata_props.clear()  # Python stack traces: larger than a small model
     onnx.save(str(file), external_data=True)
 
 

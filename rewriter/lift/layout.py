@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch.fx import Node
+from torch.fx.node import map_arg
 
 from rewriter.lift.matching import (
     NOISE,
     RESHAPES,
     Editor,
     NotLifted,
+    argument,
     aten,
     op_name,
     shape,
@@ -136,46 +138,78 @@ def merged_heads(query: Node) -> int | None:
     return None
 
 
-def without_repeat(edit: Editor, node: Node, dim: int = 1) -> tuple[Node, int]:
+def without_repeat(edit: Editor, node: Any, dim: int = 1) -> tuple[Node, int]:
     """Keys or values before their heads were repeated for the query groups: (node, times)."""
     name = op_name(node)
     if name in ("clone", "contiguous"):
-        inner, times = without_repeat(edit, node.args[0], dim)  # type: ignore[arg-type]
+        inner, times = without_repeat(edit, node.args[0], dim)
         return (inner, times) if times > 1 else (node, 1)
     if name == "transpose":
         rank = len(shape(node))
-        pair = [int(d) % rank for d in node.args[1:3]]  # type: ignore[call-overload]
-        source = pair[1 - pair.index(dim)] if dim in pair else dim
-        inner, times = without_repeat(edit, node.args[0], source)  # type: ignore[arg-type]
+        pair = [d % rank for d in node.args[1:3]]
+        place = pair[1 - pair.index(dim)] if dim in pair else dim
+        inner, times = without_repeat(edit, node.args[0], place)
         return (edit.call(aten.transpose.int, inner, *pair), times) if times > 1 else (node, 1)
     after = shape(node)
     if not after or not isinstance(after[dim], int):
         return node, 1
+    if name in RESHAPES and shape(node.args[0]) == after:
+        inner, times = without_repeat(edit, node.args[0], dim)
+        return (inner, times) if times > 1 else (node, 1)
+    if name in ("mul", "add", "neg", "cat", "slice"):  # rotary, after the repeat
+        return _commuted(edit, node, dim)
     if name == "repeat_interleave" and isinstance(node.args[1], int):
         source, at = node.args[0], node.args[2] if len(node.args) > 2 else None
         if isinstance(at, int) and at % len(after) == dim:
-            return source, node.args[1]  # type: ignore[return-value]
-    if name in ("expand", "repeat"):
-        source: Any = node.args[0]
+            return source, node.args[1]
+    if name in ("expand", "broadcast_to", "repeat"):
+        source = node.args[0]
         before = shape(source)
         if len(before) == 4 and before[dim] == 1 and after[dim] > 1:
             if [d for i, d in enumerate(before) if i != dim] == after[:dim] + after[dim + 1 :]:
                 return source, after[dim]
     if name in RESHAPES or name == "flatten":
-        wide = through_noise(node.args[0])  # type: ignore[arg-type]
-        if op_name(wide) not in ("expand", "repeat") or len(shape(wide)) != 5:
+        wide = through_noise(node.args[0])
+        if op_name(wide) not in ("expand", "broadcast_to", "repeat") or len(shape(wide)) != 5:
             return node, 1
-        narrow = wide.args[0]
-        while op_name(narrow) == "slice" and shape(narrow) == shape(narrow.args[0]):  # type: ignore[union-attr,arg-type]
-            narrow = narrow.args[0]  # type: ignore[union-attr]
+        narrow: Any = wide.args[0]
         full = shape(wide)
-        if op_name(narrow) == "unsqueeze" and int(narrow.args[1]) % 5 == dim + 1:  # type: ignore[union-attr,arg-type]
-            source, times = narrow.args[0], full[dim + 1]  # type: ignore[union-attr]
-            while op_name(source) == "slice" and shape(source) == shape(source.args[0]):
-                source = source.args[0]
-            before = shape(source)
-            same = full[: dim + 1] + full[dim + 2 :] == before
-            merged = after == before[:dim] + [before[dim] * times] + before[dim + 1 :]
-            if same and merged and isinstance(times, int):
-                return source, times
+        times, source = full[dim + 1], _without_slices(narrow)
+        if len(shape(source)) != 5 or shape(source)[dim + 1] != 1 or not isinstance(times, int):
+            return node, 1
+        before = shape(source)[: dim + 1] + shape(source)[dim + 2 :]
+        same = full[: dim + 1] + full[dim + 2 :] == before
+        merged = after == before[:dim] + [before[dim] * times] + before[dim + 1 :]
+        if same and merged:
+            if op_name(source) == "unsqueeze" and int(source.args[1]) % 5 == dim + 1:
+                return _without_slices(source.args[0]), times
+            return edit.call(aten.squeeze.dim, source, dim + 1), times
     return node, 1
+
+
+def _without_slices(node: Any) -> Any:
+    """Look through `[:]`."""
+    while op_name(node) == "slice" and shape(node) == shape(node.args[0]):
+        node = node.args[0]
+    return node
+
+
+def _commuted(edit: Editor, node: Node, dim: int) -> tuple[Node, int]:
+    """The same elementwise op on the heads before their repeat."""
+    heads, rank = shape(node)[dim], len(shape(node))
+    along = op_name(node) in ("cat", "slice") and argument(node, "dim") % rank == dim
+    if along or node.kwargs:
+        return node, 1
+    inputs: dict[Node, Node] = {}
+    many: set[int] = set()
+    for parent in node.all_input_nodes:
+        size = shape(parent)
+        if len(size) == rank and size[dim] == heads:
+            inputs[parent], times = without_repeat(edit, parent, dim)
+            many.add(times)
+        elif size and len(size) >= rank - dim and (len(size) != rank or size[dim] != 1):
+            return node, 1  # it may differ between the repeated heads
+    if len(many) != 1 or 1 in many:
+        return node, 1
+    args = map_arg(node.args, lambda n: inputs.get(n, n))
+    return edit.call(node.target, *args), many.pop()

@@ -20,7 +20,7 @@ RESHAPES = {"view", "reshape", "_unsafe_view"}
 #: Ops whose output shares storage with their first input.
 VIEWS = {
     "view", "reshape", "transpose", "permute", "unsqueeze", "squeeze", "slice", "select",
-    "expand", "alias", "detach", "unflatten", "flatten", "numpy_T", "t", "narrow",
+    "expand", "broadcast_to", "alias", "detach", "unflatten", "flatten", "numpy_T", "t", "narrow",
 }  # fmt: skip
 
 

@@ -90,7 +90,7 @@ class Evaluator:
         if name in _LIKE:  # only shape and dtype of the first input matter
             like = node.args[0].meta["val"]  # type: ignore[union-attr]
             first = (torch.empty([self.size(d) for d in like.shape], dtype=like.dtype),)
-        args = map_arg((*first, *node.args[1:]), self)
+        args: Any = map_arg((*first, *node.args[1:]), self)
         if is_mutation(node):
             args = (args[0].clone(), *args[1:])
         return target(*args, **map_arg(node.kwargs, self))
@@ -102,9 +102,11 @@ def constant(module: GraphModule, tainted: set[Node], value: Any) -> float | Non
         return float(value)
     if not isinstance(value, Node):
         return None
-    if isinstance(value.meta.get("val"), torch.SymInt) or math.prod(
-        d if isinstance(d, int) else 2 for d in shape(value) or [2]
-    ) != 1 and shape(value) != []:
+    if (
+        isinstance(value.meta.get("val"), torch.SymInt)
+        or math.prod(d if isinstance(d, int) else 2 for d in shape(value) or [2]) != 1
+        and shape(value) != []
+    ):
         return None
     try:
         found = Evaluator(module, tainted, {})(value)

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch.fx import GraphModule, Node
 
 from rewriter.lift.matching import (
@@ -217,8 +218,10 @@ class Walker:
                     raise NotLifted("the attention weights are dropped at random")
                 elif name in NOISE or name == "nan_to_num" or self._zeroes_hidden(user, softmax):
                     stack.append(user)
-                elif name in RESHAPES and shape(user)[-2:] == shape(node)[-2:] and any(
-                    as_product(u) for u in user.users
+                elif (
+                    name in RESHAPES
+                    and shape(user)[-2:] == shape(node)[-2:]
+                    and any(as_product(u) for u in user.users)
                 ):
                     stack.append(user)
                 else:
@@ -240,22 +243,22 @@ class Walker:
 
     def attention_like(self, softmax: Node) -> bool:
         """Whether a product of two activations reaches this softmax through pointwise ops."""
-        stack, seen = [softmax.args[0]], set()
+        stack: list[Any] = [softmax.args[0]]
+        seen: set[Any] = set()
         through = NOISE | RESHAPES | {
-            "mul", "div", "add", "sub", "masked_fill", "where", "tanh", "clamp", "transpose",
-            "permute", "unsqueeze", "squeeze", "expand", "flatten", "unflatten", "slice", "relu",
-            "sigmoid", "neg", "cat", "constant_pad_nd", "pad", "slice_scatter", "copy", "select",
-            "exp", "abs", "pow", "index", "maximum", "minimum",
+            "transpose", "permute", "unsqueeze", "squeeze", "expand", "flatten", "unflatten",
+            "slice", "select", "index", "cat", "pad", "constant_pad_nd", "slice_scatter",
         }  # fmt: skip
         while stack and len(seen) < 60:
-            node: Any = stack.pop()
+            node = stack.pop()
             if node in seen:
                 continue
             seen.add(node)
             product = as_product(node)
             if product is not None and product.left in self.active and product.right in self.active:
                 return True
-            if op_name(node) in through:
+            pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
+            if pointwise or op_name(node) in through:
                 stack.extend(node.all_input_nodes)
         return False
 

@@ -1,5 +1,6 @@
 """The command line on bad input: one message, an exit code, no traceback, no folder."""
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pydantic import Field
 
 import rewriter.cli
 from rewriter.cli import run
+from rewriter.inspection import check_files, hash_files
 from rewriter.protocol import REGISTRY, Contract, Pass, PassConfig
 
 
@@ -153,8 +155,6 @@ def test_verify_and_generate_want_a_rewritten_model(tmp_path, capsys):
 
 
 def test_hashes_are_the_ones_that_verify_checks(tmp_path):
-    from rewriter.inspection import check_files, hash_files
-
     (tmp_path / "onnx").mkdir()
     (tmp_path / "onnx" / "model.onnx").write_bytes(b"1")
     (tmp_path / "config.json").write_text("{}")
@@ -162,6 +162,22 @@ def test_hashes_are_the_ones_that_verify_checks(tmp_path):
     (tmp_path / "lock.json").write_text(json.dumps({"files": hashes}))
     assert check_files(tmp_path) == ["config.json", "onnx/model.onnx"]
     assert hash_files(tmp_path) == hashes
+
+
+def test_verify_checks_tensors(tmp_path, capsys):
+    import torch
+    from safetensors.torch import save_file
+
+    lock = {"tensors": {"a": hashlib.sha256(bytes(12)).hexdigest()}}
+    (tmp_path / "lock.json").write_text(json.dumps(lock))
+    fails(capsys, ["verify", tmp_path], "cannot be read")
+    save_file({"a": torch.zeros(3)}, tmp_path / "model.safetensors")
+    assert check_files(tmp_path) == ["model.safetensors"]
+    save_file({"a": torch.ones(3), "b": torch.ones(1)}, tmp_path / "model.safetensors")
+    error = fails(capsys, ["verify", tmp_path], "a has changed")
+    assert "b is not in the lock" in error
+    save_file({"c": torch.ones(3)}, tmp_path / "model.safetensors")
+    fails(capsys, ["verify", tmp_path], "a is missing")
 
 
 def test_failures_of_a_run(tmp_path, plan, capsys, monkeypatch):

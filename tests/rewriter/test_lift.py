@@ -87,7 +87,11 @@ class Base(nn.Module):
     def heads(self, x):
         b, t, _ = x.shape
         split = lambda y, h: y.view(b, t, h, SIZE)  # noqa: E731
-        return split(self.q(x), HEADS), split(self.k(x), self.kv_heads), split(self.v(x), self.kv_heads)
+        return (
+            split(self.q(x), HEADS),
+            split(self.k(x), self.kv_heads),
+            split(self.v(x), self.kv_heads),
+        )
 
     def out(self, y):
         return self.o(y.transpose(1, 2).reshape(y.shape[0], y.shape[2], WIDTH))
@@ -202,7 +206,11 @@ def test_other_masks_stay_dense():
 
 @pytest.mark.parametrize(
     ("kind", "reason"),
-    [("sin", "sin lies between"), ("weak", "-2.0, which does not hide"), ("view", "through a view")],
+    [
+        ("sin", "sin lies between"),
+        ("weak", "-2.0, which does not hide"),
+        ("view", "through a view"),
+    ],
 )
 def test_near_misses_have_reasons(kind, reason):
     class Outer(nn.Module):

@@ -1,0 +1,490 @@
+"""The gate: planted wrong rewrites are caught, right ones pass, policies do what they say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.fx import Node
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from rewriter.capture import capture
+from rewriter.errors import GateError, VerifyError
+from rewriter.graph import ATTENTION, Graph, argument, as_linear, aten, set_argument
+from rewriter.passes.low_rank import LowRank
+from rewriter.passes.mamba2 import CONV, SSD, Mamba2, Mixer, mixer_features, quadratic
+from rewriter.passes.sliding_window import SlidingWindow
+from rewriter.protocol import Made, Pass, Site
+from rewriter.rewrite import rewrite
+
+LENGTH, HEADS, WIDTH = 24, 4, 8
+PASSES: dict[str, type[Pass]] = {
+    "sliding_window": SlidingWindow,
+    "low_rank": LowRank,
+    "mamba2": Mamba2,
+}
+OPTIONS = {
+    "sliding_window": {"window": 5, "sinks": 2, "layers": [0, 1]},
+    "low_rank": {"rank": 6, "targets": ["re:.*layers\\.[01]\\.self_attn.q_proj"]},
+    "mamba2": {"layers": [0, 1]},
+}
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=HEADS * WIDTH,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=HEADS,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        attention_bias=True,
+        initializer_range=0.2,
+    )
+    made = LlamaForCausalLM(config).eval()
+    for name, parameter in made.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.5)
+    return made
+
+
+@pytest.fixture(scope="module")
+def ids() -> Tensor:
+    return torch.randint(3, 64, (8, LENGTH), generator=torch.Generator().manual_seed(1))
+
+
+def run(model, ids, name, gate=None, **options):
+    step = {"pass": name, **OPTIONS[name], **options}
+    plan = {"steps": [step], "gate": {"sequences": 3, "length": LENGTH, **(gate or {})}}
+    return rewrite(model, plan, ids)
+
+
+# ---- planting ------------------------------------------------------------------------------
+
+Fault = Callable[[Graph, Site, Made], None]
+
+
+def insert(graph: Graph, node: Node, make: Callable[[Callable, Node], Node]) -> Node:
+    """Put something between a node and all of its users."""
+    new: set[Node] = set()
+    users = list(node.users)
+
+    def call(target, *args):
+        made = graph.call(target, *args)
+        new.add(made)
+        return made
+
+    with graph.module.graph.inserting_after(node):
+        marker = graph.call(aten.clone.default, node)
+    with graph.module.graph.inserting_before(marker):
+        result = make(call, node)
+    for user in users:
+        user.replace_input_with(node, result)
+    graph.module.graph.erase_node(marker)
+    return result
+
+
+def feed(graph: Graph, user: Node, name: str, make: Callable[[Callable, Node], Node]) -> None:
+    """Change one argument of one node."""
+    with graph.module.graph.inserting_before(user):
+        made = make(lambda target, *args: graph.call(target, *args), argument(user, name))
+    set_argument(user, name, made)
+
+
+def times(factor: float):
+    return lambda call, x: call(aten.mul.Tensor, x, factor)
+
+
+def roll(amount: int, dim: int):
+    return lambda call, x: call(aten.roll.default, x, [amount], [dim])
+
+
+def flip(dim: int):
+    return lambda call, x: call(aten.flip.default, x, [dim])
+
+
+def swap_heads(call, x):
+    """The first two heads of [B, L, H d] trade places."""
+    cut = [call(aten.slice.Tensor, x, 2, i * WIDTH, (i + 1) * WIDTH) for i in (1, 0)]
+    return call(aten.cat.default, [*cut, call(aten.slice.Tensor, x, 2, 2 * WIDTH, 2**63 - 1)], 2)
+
+
+def swap_rows(call, x):
+    cut = [call(aten.slice.Tensor, x, 1, i, i + 1) for i in (1, 0)]
+    return call(aten.cat.default, [*cut, call(aten.slice.Tensor, x, 1, 2, 2**63 - 1)], 1)
+
+
+def last(graph: Graph, target) -> Node:
+    return [n for n in graph.nodes if n.target is target][-1]
+
+
+def mixer_node(graph: Graph, site: Site, target) -> Node:
+    return next(
+        n for n in graph.nodes if n.target is target and n.meta["path"] == f"{site.name}.mamba2"
+    )
+
+
+def attention_of(graph: Graph, layer: int) -> Node:
+    return next(a.node for a in graph.attention if a.layer == layer)
+
+
+def literal(name: str, change):
+    return lambda g, s, m: set_argument(m.output, name, change(argument(m.output, name)))
+
+
+def before_rotary(g, s, m):
+    a = next(a for a in g.attention if a.node is m.output)
+    set_argument(m.output, "query", a.query_before_rotary)
+
+
+def projection_bias(role: str) -> Fault:
+    def drop(g, s, m):
+        linear = getattr(next(a for a in g.attention if a.node is m.output), f"{role}_projection")
+        set_argument(linear.node, "bias", None)
+
+    return drop
+
+
+def stale_table(g, s, m):
+    """The cosines of position 0 for every position, in this query only."""
+    a = next(a for a in g.attention if a.node is m.output)
+    node = argument(a.node, "query")
+    rotated = next(n for n in node.all_input_nodes if n.target is aten.mul.Tensor)
+    feed(g, rotated, "other", roll(1, -2))
+
+
+def elsewhere(g, s, m):
+    """The window of this site lands in the last layer, and this one keeps its own."""
+    other = attention_of(g, 2)
+    for name, back in (("window", 0), ("sinks", 0)):
+        set_argument(other, name, argument(m.output, name))
+        set_argument(m.output, name, back)
+
+
+def also_elsewhere(g, s, m):
+    set_argument(attention_of(g, 2), "window", 5)
+
+
+def other_site(g, s, m):
+    m.output = attention_of(g, 2)
+    set_argument(m.output, "window", 5)
+
+
+def output(make) -> Fault:
+    return lambda g, s, m: setattr(m, "output", insert(g, m.output, make))
+
+
+def after_output(make) -> Fault:
+    return lambda g, s, m: insert(g, m.output, make) and None
+
+
+def argument_of(target, name, make) -> Fault:
+    return lambda g, s, m: feed(g, mixer_node(g, s, target), name, make)
+
+
+def drop_of(target, name) -> Fault:
+    return lambda g, s, m: set_argument(mixer_node(g, s, target), name, None)
+
+
+def without_bias(g, s, m):
+    """The bias is added last in the pivot form: the sum's input takes its place."""
+    if m.output.target is aten.add.Tensor:
+        inner = m.output.args[0]
+        m.output.replace_all_uses_with(inner)
+        m.output = inner
+    else:
+        set_argument(m.output, "bias", None)
+    m.dropped.add(f"{s.name}.bias")
+
+
+def out_bias(g, s, m):
+    set_argument(m.output, "bias", None)
+    m.dropped.add(f"{s.name}.mamba2.out_proj.bias")
+
+
+def other_hidden(g, s, m):
+    """Read the hidden state of the layer after the embedding."""
+    first = next(n for n in g.nodes if n.target is aten.embedding.default)
+    start = g.nodes
+    for node in start:
+        linear = as_linear(node)
+        own = ".low_rank." in str(linear.weight.target) if linear else False
+        mine = linear is not None and (
+            (own and str(linear.weight.target).startswith(s.name + ".low_rank."))
+            or node.meta["path"] == f"{s.name}.mamba2"
+        )
+        if mine and (own or "in_proj" in str(linear.weight.target)):
+            set_argument(node, "input", first)
+            return
+    raise AssertionError
+
+
+def other_factors(g, s, m):
+    other = s.name.replace("layers.0", "layers.9").replace("layers.1", "layers.0")
+    other = other.replace("layers.9", "layers.1")
+    for name in ("pivot", "rest", "order", "a", "b"):
+        try:
+            mine, theirs = (g.tensor(f"{n}.low_rank.{name}") for n in (s.name, other))
+        except AttributeError:
+            continue
+        mine.data.copy_(theirs)
+
+
+FAULTS: list[tuple[str, str, Fault]] = [
+    ("sliding_window", "scale", literal("scale", lambda x: x * 1.02)),
+    ("sliding_window", "scale gone", literal("scale", lambda x: 1.0)),
+    ("sliding_window", "mask dropped", literal("mask", lambda x: None)),
+    ("sliding_window", "causal flipped", literal("causal", lambda x: not x)),
+    ("sliding_window", "window + 1", literal("window", lambda x: x + 1)),
+    ("sliding_window", "window - 1", literal("window", lambda x: x - 1)),
+    ("sliding_window", "window not set", literal("window", lambda x: 0)),
+    ("sliding_window", "sinks + 1", literal("sinks", lambda x: x + 1)),
+    ("sliding_window", "softcap", literal("softcap", lambda x: 5.0)),
+    ("sliding_window", "heads", lambda g, s, m: feed(g, m.output, "query", swap_rows)),
+    ("sliding_window", "kv heads", lambda g, s, m: feed(g, m.output, "key", swap_rows)),
+    ("sliding_window", "heads after", after_output(roll(1, 2))),
+    ("sliding_window", "query bias", projection_bias("query")),
+    ("sliding_window", "value bias", projection_bias("value")),
+    ("sliding_window", "output bias", projection_bias("output")),
+    ("sliding_window", "before rotary", before_rotary),
+    ("sliding_window", "stale table", stale_table),
+    ("sliding_window", "stale key", lambda g, s, m: feed(g, m.output, "key", roll(1, 2))),
+    ("sliding_window", "wrong layer", elsewhere),
+    ("sliding_window", "one layer too many", also_elsewhere),
+    ("sliding_window", "another site", other_site),
+    ("low_rank", "scale", output(times(1.01))),
+    ("low_rank", "scale after", after_output(times(1.01))),
+    ("low_rank", "heads", output(swap_heads)),
+    ("low_rank", "bias", without_bias),
+    ("low_rank", "stale", output(roll(1, 1))),
+    ("low_rank", "direction", output(flip(1))),
+    ("low_rank", "wrong layer", other_factors),
+    ("low_rank", "wrong input", other_hidden),
+    ("low_rank", "mask of another", lambda g, s, m: set_argument(attention_of(g, 2), "mask", None)),
+    ("mamba2", "scale", argument_of(SSD, "C", times(1.02))),
+    ("mamba2", "mask", drop_of(SSD, "mask")),
+    ("mamba2", "mask of the convolution", drop_of(CONV, "mask")),
+    ("mamba2", "direction", argument_of(SSD, "x", flip(1))),
+    ("mamba2", "off by one", argument_of(CONV, "weight", roll(1, 1))),
+    ("mamba2", "heads", argument_of(SSD, "C", roll(1, 2))),
+    ("mamba2", "decay of heads", argument_of(SSD, "A", roll(1, 0))),
+    ("mamba2", "steps of heads", argument_of(SSD, "dt", roll(1, 2))),
+    ("mamba2", "bias", out_bias),
+    ("mamba2", "stale", argument_of(SSD, "B", roll(1, 1))),
+    ("mamba2", "wrong layer", other_hidden),
+]
+
+
+def plant(monkeypatch, name: str, fault: Fault) -> None:
+    cls = PASSES[name]
+    original = cls.rewrite
+
+    def wrong(self, graph: Graph, site: Site) -> Made:
+        made = original(self, graph, site)
+        if site.layer == 1:
+            fault(graph, site, made)
+        return made
+
+    monkeypatch.setattr(cls, "rewrite", wrong)
+
+
+@pytest.mark.parametrize(("name", "what", "fault"), FAULTS, ids=[f"{n}-{w}" for n, w, _ in FAULTS])
+@pytest.mark.parametrize("numbers_only", [False, True])
+def test_planted_faults_are_caught(monkeypatch, model, ids, name, what, fault, numbers_only):
+    if numbers_only:  # without the look at the node: the numbers alone must tell
+        if what == "mask of the convolution":
+            pytest.skip("a convolution of the current token alone does not see padding")
+        monkeypatch.setattr(PASSES[name], "check", Pass.check)
+    plant(monkeypatch, name, fault)
+    with pytest.raises((GateError, VerifyError)):
+        run(model, ids, name)
+
+
+@pytest.mark.parametrize("form", ["pivot", "factors"])
+def test_a_wrong_factor_is_caught_in_both_forms(monkeypatch, model, ids, form):
+    plant(monkeypatch, "low_rank", without_bias)
+    with pytest.raises((GateError, VerifyError)):
+        run(model, ids, "low_rank", form=form)
+
+
+def test_a_window_longer_than_the_text_is_checked(monkeypatch, model, ids):
+    plant(monkeypatch, "sliding_window", literal("window", lambda x: x + 1))
+    with pytest.raises(VerifyError, match="window is 41"):
+        run(model, ids, "sliding_window", window=40)
+
+
+def test_a_dropped_mask_is_caught_with_one_sequence(monkeypatch, model, ids):
+    monkeypatch.setattr(SlidingWindow, "check", Pass.check)
+    plant(monkeypatch, "sliding_window", literal("mask", lambda x: None))
+    with pytest.raises(GateError):
+        run(model, ids[:1], "sliding_window", gate={"sequences": 1})
+
+
+def test_a_wrong_mixer_is_caught_whatever_its_start(monkeypatch, model, ids):
+    plant(monkeypatch, "mamba2", drop_of(CONV, "mask"))
+    monkeypatch.setattr(Mamba2, "check", Pass.check)
+    with pytest.raises(GateError):
+        run(model, ids, "mamba2", init="matvlm", fit="none")
+
+
+# ---- right rewrites -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("sliding_window", {}),
+        ("low_rank", {"form": "pivot"}),
+        ("low_rank", {"form": "factors", "weighting": "activation"}),
+        ("low_rank", {"rank": None, "keep": 0.6, "targets": None}),
+        ("mamba2", {}),
+        ("mamba2", {"init": "matvlm"}),
+        ("mamba2", {"init": "matvlm", "fit": "none", "bias": False}),
+        ("mamba2", {"init": "linear_attention", "fit": "none"}),
+        ("mamba2", {"init": "long_decay"}),
+    ],
+)
+def test_right_rewrites_pass(model, ids, name, options):
+    made = run(model, ids, name, **options)
+    assert made.report["sites"] and all(s["error"] > 0 for s in made.report["sites"])
+
+
+def test_a_window_over_everything_changes_nothing(model, ids):
+    made = run(model, ids, "sliding_window", window=LENGTH, tolerance=1e-5)
+    assert made.report["whole"]["kl"] < 1e-8
+    torch.testing.assert_close(made(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", ["pivot", "factors"])
+def test_full_rank_changes_nothing(model, ids, form):
+    made = run(model, ids, "low_rank", rank=HEADS * WIDTH, form=form, tolerance=1e-3)
+    assert made.report["whole"]["kl"] < 1e-6
+
+
+def test_several_steps_on_the_same_layers(model, ids):
+    steps = [
+        {"pass": "sliding_window", "window": 8, "layers": [0]},
+        {"pass": "mamba2", "layers": [1]},
+        {"pass": "low_rank", "rank": 12, "targets": ["re:.*layers\\.[012]\\..*"]},
+        {"pass": "sliding_window", "window": 5, "layers": [0]},
+    ]
+    made = rewrite(model, {"steps": steps, "gate": {"length": LENGTH}}, ids)
+    sites = made.report["sites"]
+    windows = [s for s in sites if s["pass"] == "sliding_window"]
+    assert [s["facts"]["window"] for s in windows] == [5]
+    assert any("mamba2.in_proj" in s["site"] for s in sites)
+    assert all(0 < s["error"] < 10 for s in sites)
+
+
+def test_a_fault_in_a_later_step_is_caught(monkeypatch, model, ids):
+    monkeypatch.setattr(SlidingWindow, "check", Pass.check)
+    plant(monkeypatch, "sliding_window", literal("window", lambda x: x + 1))
+    steps = [
+        {"pass": "low_rank", "rank": 12, "targets": ["re:.*layers\\.1\\..*"]},
+        {"pass": "sliding_window", "window": 5, "layers": [1]},
+    ]
+    with pytest.raises(GateError, match="promises"):
+        rewrite(model, {"steps": steps, "gate": {"length": LENGTH}}, ids)
+
+
+def test_the_matrix_form_is_the_scan(model):
+    torch.manual_seed(0)
+    H, Hk, d, D, k = 4, 2, 3, 10, 4
+    rows = 2 * H * d + 2 * Hk * d + H
+    tensors = {
+        "in_proj.weight": torch.randn(rows, D),
+        "in_proj.bias": torch.randn(rows),
+        "conv1d.weight": torch.randn((H + 2 * Hk) * d, k),
+        "conv1d.bias": torch.randn((H + 2 * Hk) * d),
+        "A_log": torch.randn(H),
+        "dt_bias": torch.randn(H),
+        "D": torch.randn(H),
+        "norm.weight": torch.randn(H * d),
+        "out_proj.weight": torch.randn(D, H * d),
+        "out_proj.bias": torch.randn(D),
+    }
+    mixer = Mixer({n: t.double() for n, t in tensors.items()}, H, Hk, d, activation="silu")
+    hidden = torch.randn(2, 9, D, dtype=torch.float64)
+    mask = torch.ones(2, 9, dtype=torch.bool)
+    mask[1, :4] = False
+    features = mixer_features(hidden, mixer, mask)
+    p = mixer.tensors
+    scan = features @ p["out_proj.weight"].T + p["out_proj.bias"]
+    torch.testing.assert_close(quadratic(hidden, mixer, mask)[mask], scan[mask])
+
+
+# ---- policies -------------------------------------------------------------------------------
+
+
+def errors(model, ids, name) -> dict[str, float]:
+    return {s["site"]: s["error"] for s in run(model, ids, name).report["sites"]}
+
+
+def test_fail(model, ids):
+    with pytest.raises(GateError, match="above 1e-06"):
+        run(model, ids, "sliding_window", tolerance=1e-6)
+
+
+def test_warn(model, ids):
+    made = run(model, ids, "sliding_window", tolerance=1e-6, policy="warn")
+    assert len(made.report["sites"]) == 2
+    assert sum("above 1e-06" in w for w in made.report["warnings"]) == 2
+
+
+@pytest.mark.parametrize("name", list(PASSES))
+def test_roll_back_of_one_site(model, ids, name):
+    found = errors(model, ids, name)
+    worst = max(found, key=lambda k: found[k])
+    bound = sum(found.values()) / 2
+    made = run(model, ids, name, tolerance=bound, policy="roll_back")
+    assert [s["site"] for s in made.report["sites"]] == [s for s in found if s != worst]
+    assert any("rolled back" in w and worst in w for w in made.report["warnings"])
+    kept = made.report["sites"][0]
+    assert kept["error"] == pytest.approx(found[kept["site"]], rel=1e-5)
+    for part in (worst, f"{worst}.q_proj", f"{worst}.o_proj"):  # it has its own tensors again
+        name_ = f"{part}.weight"
+        if name_ in model.state_dict():
+            assert torch.equal(made.graph.tensor(name_), model.state_dict()[name_])
+    assert made(ids).logits.isfinite().all()
+
+
+def test_roll_back_of_everything_leaves_the_original(model, ids):
+    made = run(model, ids, "mamba2", tolerance=1e-6, policy="roll_back")
+    assert made.report["sites"] == []
+    torch.testing.assert_close(made(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_roll_back_of_a_later_step_keeps_the_earlier(model, ids):
+    steps = [
+        {"pass": "mamba2", "layers": [0]},
+        {"pass": "sliding_window", "window": 5, "policy": "roll_back", "tolerance": 1e-6},
+        {"pass": "low_rank", "rank": 12, "targets": ["re:.*layers\\.[12]\\.mlp.*"]},
+    ]
+    made = rewrite(model, {"steps": steps, "gate": {"length": LENGTH}}, ids)
+    assert {s["pass"] for s in made.report["sites"]} == {"mamba2", "low_rank"}
+    assert all(not argument(a.node, "window") for a in made.graph.attention)
+    assert made(ids).logits.isfinite().all()
+
+
+def test_a_wrong_rewrite_fails_under_every_policy(monkeypatch, model, ids):
+    monkeypatch.setattr(SlidingWindow, "check", Pass.check)
+    plant(monkeypatch, "sliding_window", literal("scale", lambda x: x * 1.5))
+    for policy in ("warn", "roll_back"):
+        with pytest.raises(GateError, match="promises"):
+            run(model, ids, "sliding_window", policy=policy, tolerance=10.0)
+
+
+def test_max_kl(model, ids):
+    with pytest.raises(GateError, match="KL"):
+        run(model, ids, "sliding_window", gate={"max_kl": 1e-9})
+
+
+def test_capture_is_what_the_faults_expect(model):
+    graph = capture(model)
+    assert len(graph.attention) == 3
+    assert all(n.target is ATTENTION for n in (a.node for a in graph.attention))
