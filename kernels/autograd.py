@@ -33,9 +33,7 @@ def register_recompute(op: Any, forward: Callable[..., Any]) -> None:
             outputs = forward(*args)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         pairs = [
-            (o, g)
-            for o, g in zip(outputs, grads, strict=True)
-            if g is not None and o.requires_grad
+            (o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad
         ]
         result: list[Tensor | None] = [None] * len(args)
         if pairs and leaves:

@@ -274,15 +274,12 @@ class LowRank(Pass):
         graph.module.graph.erase_node(site.node)
         return Made(output, {str(linear.weight.target)}, made.facts)
 
-
     # ---- what the gate compares with -----------------------------------------------------
 
     def needs(self, site: Site) -> list[str]:
         return [name for name in self._reads.get(site.name, ()) if name is not None]
 
-    def expected(
-        self, site: Site, original: Callable[[str], Any], output: Tensor
-    ) -> Tensor | None:
+    def expected(self, site: Site, original: Callable[[str], Any], output: Tensor) -> Tensor | None:
         """x W'ᵀ + b in float64, with the whole matrix W' of the rank that was chosen."""
         if site.name not in self._reads:
             return None

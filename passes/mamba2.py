@@ -186,9 +186,7 @@ class Mamba2(Pass):
         names = (promise.hidden, promise.mask) if promise else ()
         return [n for n in names if n is not None]
 
-    def expected(
-        self, site: Site, original: Callable[[str], Any], output: Tensor
-    ) -> Tensor | None:
+    def expected(self, site: Site, original: Callable[[str], Any], output: Tensor) -> Tensor | None:
         """The mixer as one lower triangular matrix a head, in float64."""
         promise = self._promised.get(site.name)
         if promise is None:

@@ -95,9 +95,7 @@ class SlidingWindow(Pass):
         before = self._before.get(site.name, {})
         return [v for v in before.values() if isinstance(v, str)]
 
-    def expected(
-        self, site: Site, original: Callable[[str], Any], output: Tensor
-    ) -> Tensor | None:
+    def expected(self, site: Site, original: Callable[[str], Any], output: Tensor) -> Tensor | None:
         """Softmax over the tokens that a query may see, in float64, head by head."""
         before = self._before.get(site.name)
         if before is None or before["key_positions"] is not None:

@@ -223,7 +223,9 @@ def _attention(
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     bias, mask, kind = position_bias, attention_mask, Kind()
     if mask is None:
-        kind = Kind(causal=bool(getattr(module, "is_causal", True) if is_causal is None else is_causal))
+        kind = Kind(
+            causal=bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+        )
     elif id(mask) in _session.kinds:
         kind = _session.kinds[id(mask)]
     elif mask.dim() == 4 and mask.is_floating_point():

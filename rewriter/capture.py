@@ -19,6 +19,8 @@ from rewriter import attention_interface
 from rewriter.errors import CaptureError, RewriterError
 from rewriter.examples import BATCH, example_inputs, generates
 from rewriter.graph import Graph, aten
+from rewriter.lift import lift
+from rewriter.lift.matching import expression
 
 ASSERTIONS = ("_assert", "sym_constrain", "_guards_fn")
 
@@ -155,7 +157,7 @@ def _guard_sizes(graph: Graph, dynamic: dict[str, list[int]]) -> None:
     anchor = graph.nodes[graph.nodes.index(placeholders[-1]) + 1]
     for node in placeholders:
         for dim in dynamic[node.target]:
-            fixed = node.meta["val"].shape[dim]
+            fixed = expression(node.meta["val"].shape[dim])
             if not isinstance(fixed, int):
                 continue
             message = (
@@ -204,7 +206,9 @@ def _default_positions(model: PreTrainedModel) -> str:
 def _capture_plain(model: nn.Module, example: Any) -> Graph:
     args = example if isinstance(example, tuple) else (example,)
     shapes = tuple(
-        {d: torch.export.Dim.AUTO for d in range(min(2, a.dim()))} if isinstance(a, Tensor) else None
+        {d: torch.export.Dim.AUTO for d in range(min(2, a.dim()))}
+        if isinstance(a, Tensor)
+        else None
         for a in args
     )
     training = model.training
@@ -244,8 +248,6 @@ def _canonical(program: Any, prefix: str) -> Graph:
     _flatten_output(module)
     for node in module.graph.nodes:  # the same tensor read twice is one node
         node.meta = {k: v for k, v in node.meta.items() if k in ("val", "path")}
-    from rewriter.lift import lift
-
     misses = lift(module)
     module.graph.eliminate_dead_code()
     module.graph.lint()

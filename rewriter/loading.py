@@ -39,7 +39,9 @@ def load_model(
     looks_local = path.exists() or str(source).startswith((".", "/", "~"))
     if looks_local:
         if not path.is_dir():
-            raise CaptureError(f"no such folder: {source}", "give a folder, a .gguf file or a Hub id")
+            raise CaptureError(
+                f"no such folder: {source}", "give a folder, a .gguf file or a Hub id"
+            )
         if not (path / "config.json").exists():
             raise CaptureError(f"{source} has no config.json", "give the folder of a saved model")
         safe = any(path.glob("*.safetensors"))

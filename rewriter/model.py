@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -114,8 +115,9 @@ class RewrittenModel(PreTrainedModel, GenerationMixin):
         state = past_key_values if isinstance(past_key_values, State) else None
         if state is None and self.stateful and use_cache and not self.training:
             state = State(self.graph.states)
-        given = dict(inputs, input_ids=input_ids, attention_mask=attention_mask,
-                     position_ids=position_ids)
+        given = dict(
+            inputs, input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids
+        )
         past = state.seen if state is not None else 0
         values = [self._input(name, given, past) for name in self.graph.inputs]
         states = state.mixers if state is not None else []
@@ -128,9 +130,7 @@ class RewrittenModel(PreTrainedModel, GenerationMixin):
         if labels is not None:
             logits = outputs["logits"][:, :-1]
             loss = cross_entropy(logits.flatten(0, 1).float(), labels[:, 1:].flatten())
-        result = CausalLMOutputWithPast(
-            loss=loss, logits=outputs["logits"], past_key_values=state
-        )
+        result = CausalLMOutputWithPast(loss=loss, logits=outputs["logits"], past_key_values=state)
         return result if return_dict in (None, True) else result.to_tuple()
 
     def _input(self, name: str, given: dict[str, Any], past: int) -> Tensor:
@@ -187,6 +187,7 @@ class RewrittenModel(PreTrainedModel, GenerationMixin):
         aside = _aside(target)
         try:
             self._write(aside)
+            _as_umask(aside)  # mkdtemp and safetensors make private files
             if target.exists():
                 target.rmdir()
             aside.rename(target)
@@ -207,14 +208,16 @@ class RewrittenModel(PreTrainedModel, GenerationMixin):
         (folder / "graph.json").write_text(json.dumps(data))
         if self.plan is not None:
             (folder / "plan.yaml").write_text(self.plan.to_yaml())
-        if self.lock:
-            (folder / "lock.json").write_text(json.dumps(self.lock, indent=2))
         if self.report:
             from rewriter.report import write_report
 
             write_report(self.report, folder)
         for path in self.companions:
             shutil.copy(path, folder / path.name)
+        from rewriter.inspection import hash_files
+
+        self.lock = {**self.lock, "files": hash_files(folder)}
+        (folder / "lock.json").write_text(json.dumps(self.lock, indent=2))
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
@@ -232,6 +235,14 @@ def _aside(target: Path) -> Path:
         return Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=parent))
     except OSError as error:
         raise RewriterError(f"cannot write to {parent}: {error.strerror}") from error
+
+
+def _as_umask(folder: Path) -> None:
+    mask = os.umask(0)
+    os.umask(mask)
+    folder.chmod(0o777 & ~mask)
+    for path in folder.iterdir():
+        path.chmod(0o666 & ~mask)
 
 
 def load(folder: str | Path, dtype: Any = None, device: Any = None) -> RewrittenModel:
@@ -255,7 +266,8 @@ def load(folder: str | Path, dtype: Any = None, device: Any = None) -> Rewritten
     try:
         data = json.loads((folder / "graph.json").read_text())
         tensors: dict[str, Any] = load_file(
-            str(folder / WEIGHTS), device=str(device) if isinstance(device, str) and device != "auto" else "cpu"
+            str(folder / WEIGHTS),
+            device=str(device) if isinstance(device, str) and device != "auto" else "cpu",
         )
         config = RewriterConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
@@ -286,8 +298,18 @@ def companions(folder: str | Path | None) -> list[Path]:
     """Tokenizer and processor files that travel with a model."""
     if folder is None or not Path(folder).is_dir():
         return []
-    wanted = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template",
-              "preprocessor", "processor", "spiece", "sentencepiece")
+    wanted = (
+        "tokenizer",
+        "vocab",
+        "merges",
+        "special_tokens",
+        "added_tokens",
+        "chat_template",
+        "preprocessor",
+        "processor",
+        "spiece",
+        "sentencepiece",
+    )
     return [p for p in sorted(Path(folder).iterdir()) if p.is_file() and p.name.startswith(wanted)]
 
 

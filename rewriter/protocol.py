@@ -155,9 +155,7 @@ class Pass(ABC):
         """
         return []
 
-    def expected(
-        self, site: Site, original: Callable[[str], Any], output: Tensor
-    ) -> Tensor | None:
+    def expected(self, site: Site, original: Callable[[str], Any], output: Tensor) -> Tensor | None:
         """What the rewritten site must give on the original's activations, or None.
 
         An independent, slow statement of what the pass does, so that the gate can tell a wrong

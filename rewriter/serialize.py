@@ -20,17 +20,39 @@ from rewriter.graph import Graph
 
 VERSION = 1
 NAMESPACES = ("aten", "rewriter")
-PYTHON = {f"operator.{n}": getattr(operator, n) for n in (
-    "getitem", "add", "sub", "mul", "floordiv", "mod", "neg", "eq", "ne", "lt", "le", "gt", "ge",
-    "truediv", "pow", "and_", "or_",
-)} | {f"state.{n}": f for n, f in state.FUNCTIONS.items()} | {
-    "torch.sym_max": torch.sym_max,
-    "torch.sym_min": torch.sym_min,
-    "torch.sym_not": torch.sym_not,
-    "torch.sym_float": torch.sym_float,
-    "torch.sym_int": torch.sym_int,
-    "math.trunc": __import__("math").trunc,
-}
+PYTHON = (
+    {
+        f"operator.{n}": getattr(operator, n)
+        for n in (
+            "getitem",
+            "add",
+            "sub",
+            "mul",
+            "floordiv",
+            "mod",
+            "neg",
+            "eq",
+            "ne",
+            "lt",
+            "le",
+            "gt",
+            "ge",
+            "truediv",
+            "pow",
+            "and_",
+            "or_",
+        )
+    }
+    | {f"state.{n}": f for n, f in state.FUNCTIONS.items()}
+    | {
+        "torch.sym_max": torch.sym_max,
+        "torch.sym_min": torch.sym_min,
+        "torch.sym_not": torch.sym_not,
+        "torch.sym_float": torch.sym_float,
+        "torch.sym_int": torch.sym_int,
+        "math.trunc": __import__("math").trunc,
+    }
+)
 _NAMES = {id(f): n for n, f in PYTHON.items()}
 
 

@@ -17,8 +17,8 @@ from torch.fx import Node
 from torch.fx.node import has_side_effect
 from transformers import Cache
 
-import rewriter.kernels.causal_conv1d
-import rewriter.kernels.ssd
+import rewriter.kernels.causal_conv1d  # noqa: F401  registers the op
+import rewriter.kernels.ssd  # noqa: F401  registers the op
 from rewriter.graph import ATTENTION, Graph, argument, set_argument
 
 CONV = torch.ops.rewriter.causal_conv1d.default
@@ -211,9 +211,11 @@ def thread_state(graph: Graph) -> Graph:
         name = "conv" if node.target is CONV else "ssm"
         with fx.inserting_before(node):
             set_argument(node, "state", graph.call(read, owners[path], name))
-        last = next(
-            u for u in node.users if u.target is operator.getitem and u.args[1] == 1
-        ) if any(u.args[1:] == (1,) for u in node.users) else None
+        last = (
+            next(u for u in node.users if u.target is operator.getitem and u.args[1] == 1)
+            if any(u.args[1:] == (1,) for u in node.users)
+            else None
+        )
         if last is None:
             with fx.inserting_after(node):
                 last = graph.call(operator.getitem, node, 1)
@@ -281,6 +283,4 @@ class State(Cache):
 
     def bytes(self) -> int:
         """Bytes resident in the states' tensors."""
-        return sum(
-            t.numel() * t.element_size() for m in self.mixers for t in m.tensors().values()
-        )
+        return sum(t.numel() * t.element_size() for m in self.mixers for t in m.tensors().values())

@@ -25,9 +25,7 @@ def require() -> None:
         if importlib.util.find_spec(name) is None
     ]
     if missing:
-        raise RewriterError(
-            f"ONNX export needs {', '.join(missing)}", "pip install rewriter[onnx]"
-        )
+        raise RewriterError(f"ONNX export needs {', '.join(missing)}", "pip install rewriter[onnx]")
 
 
 class Feeder:
@@ -66,9 +64,7 @@ class Feeder:
             elif name == "position_ids":
                 made[name] = (mask.cumsum(-1) - 1).clamp_min(0)[:, -new:]
             elif name in ("input_ids", "decoder_input_ids"):
-                made[name] = torch.randint(
-                    0, self.vocabulary, (batch, new), generator=self.random
-                )
+                made[name] = torch.randint(0, self.vocabulary, (batch, new), generator=self.random)
             else:
                 made[name] = self._other(node, batch, new)
         return made
@@ -102,7 +98,11 @@ class Feeder:
         past = 5 if any(n.startswith("past_") for n in names) else 0
         made = self.tokens(torch.ones(3, past + 4, dtype=torch.long), 4)
         for name, value in self.start(names, 3).items():
-            made[name] = value.new_zeros((*value.shape[:2], past, value.shape[3])) if name.startswith("past_") else value
+            made[name] = (
+                value.new_zeros((*value.shape[:2], past, value.shape[3]))
+                if name.startswith("past_")
+                else value
+            )
         # A strided example would make its stride a symbol, which ONNX has no word for.
         return tuple(made[n].contiguous() for n in names)
 
@@ -134,7 +134,9 @@ class _Shapes(torch.fx.Interpreter):
 class Runner:
     """One sequence in ONNX Runtime: feeds each call's states to the next."""
 
-    def __init__(self, session: Any, names: dict[str, list[str]], states: dict[str, Tensor]) -> None:
+    def __init__(
+        self, session: Any, names: dict[str, list[str]], states: dict[str, Tensor]
+    ) -> None:
         self.session, self.names = session, names
         self.states = {k: v.numpy() for k, v in states.items()}
 
@@ -156,9 +158,7 @@ def open_session(file: Path) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
-    return onnxruntime.InferenceSession(
-        str(file), options, providers=["CPUExecutionProvider"]
-    )
+    return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
 
 
 def compare(

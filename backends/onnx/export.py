@@ -238,7 +238,11 @@ def _lower_cached(
     node = next(u for u in taken[0].users if u.target is ATTENTION)
     get = lambda name: argument(node, name)  # noqa: E731
     pasts = [_input(fx, f"past_{kind}_{index}") for kind in ("key", "value")]
-    why = _not_fusable(node, mask, shapes) if lowering == "fused" else "standard operators were asked for"
+    why = (
+        _not_fusable(node, mask, shapes)
+        if lowering == "fused"
+        else "standard operators were asked for"
+    )
     if why and lowering == "fused":
         fallbacks.append(f"{node.meta.get('path') or node.name}: standard operators, {why}")
     if 3 in taken:
@@ -263,14 +267,14 @@ def _lower_cached(
                 biases[memo] = fx.call_function(
                     lower.attention_bias, (mask, get("query"), *memo[1:])
                 )
-            fused = fx.call_function(
+            made = fx.call_function(
                 lower.group_query_attention,
                 (
                     *(get("query"), key, value, *pasts, biases.get(memo), get("sink_logits")),
                     *(get("scale"), own, get("softcap")),
                 ),
             )
-            output, *rest = (fx.call_function(operator.getitem, (fused, i)) for i in range(3))
+            output, *rest = (fx.call_function(operator.getitem, (made, i)) for i in range(3))
         node.replace_all_uses_with(output)
         fx.erase_node(node)
         presents = (rest[0], rest[1])

@@ -39,7 +39,7 @@ def attention(
     if key_positions is None and window >= keys:
         window = 0
     plain = mask is None and bias is None and key_positions is None and window == chunk == 0
-    gqa = query.shape[1] != key.shape[1]
+    gqa = bool(query.shape[1] != key.shape[1])  # not a symbol under dynamic shapes
     if plain and (not causal or length == keys or length == 1):
         output = scaled_dot_product_attention(
             query, key, value, is_causal=causal and length > 1, scale=scale, enable_gqa=gqa

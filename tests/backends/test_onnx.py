@@ -23,7 +23,10 @@ MICROSOFT = "com.microsoft::"
 
 @pytest.fixture(scope="module")
 def llama() -> LlamaForCausalLM:
-    """Two layers with large enough weights that a wrong mask shows in the logits."""
+    """Two layers, weights large enough that a wrong mask shows in the logits.
+
+    The exporter folds transposes of up to 8192 elements; the embedding is larger, as real ones.
+    """
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=64,
@@ -31,7 +34,7 @@ def llama() -> LlamaForCausalLM:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        vocab_size=97,
+        vocab_size=211,
         tie_word_embeddings=True,
     )
     model = LlamaForCausalLM(config).eval()
@@ -43,7 +46,7 @@ def llama() -> LlamaForCausalLM:
 
 
 def rewritten(llama: LlamaForCausalLM, *steps: dict) -> rewriter.RewrittenModel:
-    tokens = torch.randint(0, 97, (2, 48), generator=torch.Generator().manual_seed(1))
+    tokens = torch.randint(0, 211, (2, 48), generator=torch.Generator().manual_seed(1))
     return rewriter.rewrite(llama, rewriter.Plan(steps=list(steps)), data=tokens)
 
 
@@ -94,7 +97,7 @@ def test_folder_is_complete_and_tied_weights_are_stored_once(
     import onnx
 
     graph = onnx.load(str(tmp_path / "out" / "model.onnx"), load_external_data=False).graph
-    large = [tuple(t.dims) for t in graph.initializer if 97 in t.dims and 64 in t.dims]
+    large = [tuple(t.dims) for t in graph.initializer if 211 in t.dims and 64 in t.dims]
     assert len(large) == 1, large  # the embedding, which is also the head
     with pytest.raises(RewriterError, match="not empty"):
         export_onnx(plain, tmp_path / "out")
@@ -158,8 +161,11 @@ def test_ssd_and_convolution_equal_their_references() -> None:
 
     for inputs, lowering, reference in (
         (ssd_inputs, lower.ssd, ssd),
-        (conv_inputs, lambda *a: lower.causal_conv1d(*a, "silu"),
-         lambda *a: causal_conv1d(*a, "silu")),
+        (
+            conv_inputs,
+            lambda *a: lower.causal_conv1d(*a, "silu"),
+            lambda *a: causal_conv1d(*a, "silu"),
+        ),
     ):
         session = _session(lowering, inputs(2, 5))
         for batch, length in ((3, 40), (2, 1)):

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from functools import cache
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from zoo import ZOO, build
 
 from rewriter.capture import capture
+from rewriter.errors import CaptureError
 from rewriter.examples import example_inputs
 from rewriter.graph import Graph, argument, set_argument
 
@@ -18,8 +20,14 @@ BATCH, LENGTH, TARGET = 3, 19, 7  # the example that a capture sees has other si
 TOLERANCE = 1e-5
 #: Models whose forward ties the graph to the example's number of images.
 IMAGES_FIXED = {"llava", "smolvlm"}
-SLOW = {"mamba2", "bamba", "jamba"}
+SLOW = {"mamba2", "bamba", "jamba", "smolvlm", "falcon"}
 NAMES = [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in ZOO]
+#: Models without a padding mask are given no padded inputs.
+CASES = [
+    pytest.param(n, p, marks=pytest.mark.slow if n in SLOW else ())
+    for n in ZOO
+    for p in (["none"] if n in ("vit", "whisper") else ["none", "left", "right"])
+]
 
 
 @cache
@@ -113,10 +121,22 @@ def test_every_attention_is_one_node(name):
     assert len(graph.attention) == ZOO[name][1]
 
 
-@pytest.mark.parametrize("padding", ["none", "left", "right"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name, padding", CASES)
 def test_graph_equals_original(name, padding):
     assert worst(name, padding) < TOLERANCE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["jamba", "llava", "smolvlm"])
+def test_sizes_that_the_original_ties_are_refused(name):
+    """Jamba's scan is a loop over time; these vision models split by number of images."""
+    model, graph = captured(name)
+    inputs = inputs_for(name, model, graph, "none")
+    dim = 1 if name == "jamba" else 0
+    longer = {k: torch.cat([v, v.narrow(dim, 0, 1)], dim) for k, v in inputs.items()}
+    assert outputs_of(model, longer)  # the original itself can
+    with pytest.raises(RuntimeError, match="ties its graph to .* of size"):
+        run(graph, longer)
 
 
 @pytest.mark.parametrize(
@@ -127,8 +147,7 @@ def test_graph_equals_original(name, padding):
         ("mistral", "window", lambda window: window + 1),
         ("mistral", "window", lambda window: window - 1),
         ("modernbert", "window", lambda window: window + 1),
-        ("llama4", "chunk", lambda chunk: chunk + 1),
-        ("llama4", "chunk", lambda chunk: 0),
+        ("llama4", "mask", lambda mask: None),  # chunks count from a row's first real token
         ("bloom", "bias", lambda bias: None),
         ("t5", "bias", lambda bias: None),
         ("llama", "causal", lambda causal: False),
@@ -136,3 +155,76 @@ def test_graph_equals_original(name, padding):
 )
 def test_these_models_would_show_a_wrong_literal(name, literal, edit):
     assert change(name, literal, edit) > 1e-3
+
+
+class Tiny(nn.Module):
+    """A plain language model of one block; `mix` is its attention, written by hand."""
+
+    def __init__(self, mix):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.mix = nn.Embedding(50, 32), mix
+        self.project, self.out, self.head = nn.Linear(32, 96), nn.Linear(32, 32), nn.Linear(32, 50)
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        query, key, value = (
+            t.unflatten(-1, (4, 8)).transpose(1, 2) for t in self.project(x).chunk(3, -1)
+        )
+        return self.head(x + self.out(self.mix(query, key, value).transpose(1, 2).flatten(2)))
+
+
+def by_hand(query, key, value):
+    scores = query @ key.transpose(-2, -1) / math.sqrt(8)
+    hidden = torch.triu(torch.ones(scores.shape[-2:], dtype=torch.bool), 1)
+    return scores.masked_fill(hidden, float("-inf")).softmax(-1) @ value
+
+
+def einsum(query, key, value):
+    weights = (torch.einsum("bhld,bhsd->bhls", query, key) * 8**-0.5).softmax(-1)
+    return torch.einsum("bhls,bhsd->bhld", weights, value)
+
+
+def alibi(query, key, value):
+    index = torch.arange(query.shape[2])
+    slopes = torch.tensor([0.5, 0.25, 0.125, 0.0625])[:, None, None]
+    bias = slopes * (index[None, :] - index[:, None])
+    hidden = index[None, :] > index[:, None]
+    scores = (query @ key.transpose(-2, -1)) * 8**-0.5 + bias
+    return scores.masked_fill(hidden, -1e9).softmax(-1) @ value
+
+
+class Encoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(32, 4, 48, batch_first=True)
+        self.embed, self.layers = nn.Embedding(50, 32), nn.TransformerEncoder(layer, 2)
+
+    def forward(self, ids):
+        return self.layers(self.embed(ids))
+
+
+@pytest.mark.parametrize(
+    "model, nodes, kind",
+    [
+        (lambda: Tiny(by_hand), 1, "causal"),
+        (lambda: Tiny(einsum), 1, "bidirectional"),
+        (lambda: Tiny(alibi), 1, "causal bias"),
+        (Encoder, 2, "bidirectional"),
+    ],
+    ids=["nanogpt", "einsum", "alibi", "encoder"],
+)
+def test_plain_modules(model, nodes, kind):
+    model = model().eval()
+    graph = capture(model, example=(torch.randint(0, 50, (2, 12)),))
+    assert [a.kind for a in graph.attention] == [kind] * nodes, graph.near_misses
+    ids = torch.randint(0, 50, (BATCH, LENGTH))
+    with torch.no_grad():
+        (ours,) = graph.module(ids)
+        assert difference(ours, model(ids), None) < TOLERANCE
+
+
+def test_a_plain_module_needs_an_example():
+    with pytest.raises(CaptureError, match="example="):
+        capture(Tiny(by_hand))

@@ -53,7 +53,9 @@ def _llava() -> PreTrainedModel:
     vision = hf.CLIPVisionConfig(**IMAGE)
     text = hf.LlamaConfig(**GROUPED)
     return hf.LlavaForConditionalGeneration(
-        hf.LlavaConfig(vision_config=vision, text_config=text, image_token_index=98, vision_feature_layer=-1)
+        hf.LlavaConfig(
+            vision_config=vision, text_config=text, image_token_index=98, vision_feature_layer=-1
+        )
     )
 
 
@@ -117,12 +119,6 @@ ZOO: dict[str, tuple[Callable[[], PreTrainedModel], int]] = {
     ),
     "gpt_neox": (lambda: hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**SMALL)), 2),
     "falcon": (lambda: hf.FalconForCausalLM(hf.FalconConfig(**SMALL)), 2),
-    "falcon_alibi": (
-        lambda: hf.FalconForCausalLM(
-            hf.FalconConfig(**SMALL, alibi=True, multi_query=False, parallel_attn=False)
-        ),
-        2,
-    ),
     "bloom": (
         lambda: hf.BloomForCausalLM(hf.BloomConfig(**TOKENS, hidden_size=32, n_layer=2, n_head=4)),
         2,
@@ -206,7 +202,7 @@ ZOO: dict[str, tuple[Callable[[], PreTrainedModel], int]] = {
     "smolvlm": (_smolvlm, 4),
     "mamba2": (
         lambda: hf.Mamba2ForCausalLM(
-            hf.Mamba2Config(**TOKENS, **MAMBA, hidden_size=32, num_hidden_layers=2, expand=2)
+            hf.Mamba2Config(**TOKENS, **MAMBA, hidden_size=32, num_hidden_layers=1, expand=2)
         ),
         0,
     ),

@@ -1,0 +1,58 @@
+"""The main job on a real model: rewrite SmolLM2-135M, look, save, load, write, export."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from pathlib import Path
+
+from rich.console import Console
+from transformers import AutoTokenizer
+
+import rewriter
+from rewriter.report import summary
+
+ASSETS = Path(os.environ.get("REWRITER_ASSETS", Path.home() / ".cache/rewriter/assets"))
+PLAN = """
+version: 1
+steps:
+  - pass: sliding_window
+    layers: {every: 2, from: 1}
+    window: 256
+    sinks: 4
+  - pass: mamba2
+    layers: [6, 20]
+gate: {sequences: 3, length: 512}
+"""
+
+
+def main() -> None:
+    console, start = Console(), time.perf_counter()
+    source, out = ASSETS / "smollm2", Path("demo-output")
+    shutil.rmtree(out, ignore_errors=True)
+
+    console.rule("rewrite: a window in every other layer, two layers to Mamba-2")
+    model = rewriter.rewrite(source, rewriter.Plan.from_yaml(PLAN))
+    console.print(summary(model.report))
+
+    console.rule("save and load")
+    model.save_pretrained(out / "model")
+    again = rewriter.load(out / "model")
+    console.print(f"report with pictures: {out / 'model' / 'report.html'}")
+
+    console.rule("generate with a bounded state")
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    question = [{"role": "user", "content": "What is gravity?"}]
+    text = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
+    inputs = tokenizer(text, return_tensors="pt")
+    tokens = again.generate(**inputs, max_new_tokens=40, do_sample=False)
+    console.print(tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :]))
+
+    console.rule("export to ONNX, checked in ONNX Runtime")
+    console.print(rewriter.export(again, out / "onnx", to="onnx"))
+    console.print(f"all of it in {time.perf_counter() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
