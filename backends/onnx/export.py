@@ -239,16 +239,17 @@ def _lower_cached(
     get = lambda name: argument(node, name)  # noqa: E731
     pasts = [_input(fx, f"past_{kind}_{index}") for kind in ("key", "value")]
     why = (
-        _not_fusable(node, mask, shapes)
+        _not_fusable(node, mask, shapes)  # type: ignore[arg-type]
         if lowering == "fused"
         else "standard operators were asked for"
     )
     if why and lowering == "fused":
         fallbacks.append(f"{node.meta.get('path') or node.name}: standard operators, {why}")
     if 3 in taken:
-        taken[3].replace_all_uses_with(None)  # the cache keeps every column: positions are plain
+        # The cache keeps every column, so key positions are plain.
+        taken[3].replace_all_uses_with(None)  # type: ignore[arg-type]
     if 2 in taken:
-        taken[2].replace_all_uses_with(mask)
+        taken[2].replace_all_uses_with(mask)  # type: ignore[arg-type]
     if why:
         with fx.inserting_before(node):
             joined = [
@@ -297,7 +298,7 @@ def _not_fusable(node: Node, mask: Node | None, shapes: dict[str, torch.Size]) -
         return "the mask is dense"
     if argument(node, "sinks") and argument(node, "window") and mask is None:
         return "sinks need the padding mask"
-    if shape(argument(node, "query"))[-1] != shape(argument(node, "value"))[-1]:
+    if shape(argument(node, "query"))[-1] != shape(argument(node, "value"))[-1]:  # type: ignore[misc]
         return "values are not as wide as keys"
     return ""
 
@@ -335,9 +336,9 @@ def _write(
         output_names=names["outputs"],
         verbose=False,
     )
-    for node in onnx.model.graph.all_nodes():
+    for node in onnx.model.graph.all_nodes():  # type: ignore[union-attr]
         node.metadata_props.clear()  # Python stack traces: larger than a small model
-    onnx.save(str(file), external_data=True)
+    onnx.save(str(file), external_data=True)  # type: ignore[union-attr]
 
 
 def _count(file: Path) -> dict[str, int]:
