@@ -103,6 +103,11 @@ def classify(function: Callable[..., Any] | None) -> Kind:
     """Kind of a transformers `mask_function(batch, head, query, key)` by evaluating it."""
     if function is None:
         return Kind(dense=True)
+    with torch.device("cpu"):  # a model on the meta device is captured under another default
+        return _classify(function)
+
+
+def _classify(function: Callable[..., Any]) -> Kind:
     index = torch.arange(GRID)
     query, key = index[:, None].expand(GRID, GRID), index[None, :].expand(GRID, GRID)
     zero = torch.zeros((), dtype=torch.long)
