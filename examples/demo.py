@@ -19,11 +19,11 @@ version: 1
 steps:
   - pass: sliding_window
     layers: {every: 2, from: 1}
-    window: 256
+    window: 128
     sinks: 4
   - pass: mamba2
     layers: [6, 20]
-gate: {sequences: 3, length: 512}
+gate: {sequences: 2, length: 256}
 """
 
 
