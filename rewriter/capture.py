@@ -18,7 +18,7 @@ from transformers.utils import ModelOutput
 from rewriter import attention_interface
 from rewriter.errors import CaptureError, RewriterError
 from rewriter.examples import BATCH, example_inputs, generates
-from rewriter.graph import Graph, aten
+from rewriter.graph import Graph, aten, place
 from rewriter.lift import lift
 from rewriter.lift.matching import expression
 
@@ -242,11 +242,11 @@ def _canonical(program: Any, prefix: str) -> Graph:
     for node in list(graph.nodes):
         _strip(graph, node)
     graph.set_codegen(CodeGen())
-    root = _Root()
+    root = nn.Module()
     _copy_tensors(exported, root, graph, prefix)
     module = GraphModule(root, graph)
     _flatten_output(module)
-    for node in module.graph.nodes:  # the same tensor read twice is one node
+    for node in module.graph.nodes:  # a stack trace a node is most of its size
         node.meta = {k: v for k, v in node.meta.items() if k in ("val", "path")}
     misses = lift(module)
     module.graph.eliminate_dead_code()
@@ -255,10 +255,6 @@ def _canonical(program: Any, prefix: str) -> Graph:
     result = Graph(module=module, near_misses=misses)
     result.source_tensors = {name for name, _ in result.parameters()}
     return result
-
-
-class _Root(nn.Module):
-    """Holder of the tensors of a graph."""
 
 
 def _copy_tensors(source: nn.Module, root: nn.Module, graph: torch.fx.Graph, prefix: str) -> None:
@@ -272,16 +268,7 @@ def _copy_tensors(source: nn.Module, root: nn.Module, graph: torch.fx.Graph, pre
         name = names.setdefault(id(tensor), str(node.target).removeprefix(prefix))
         node.target = name
         node.meta["path"] = name.rpartition(".")[0]
-        parent = root
-        *folders, leaf = name.split(".")
-        for part in folders:
-            if not hasattr(parent, part):
-                parent.add_module(part, nn.Module())
-            parent = getattr(parent, part)
-        if isinstance(tensor, nn.Parameter):
-            parent.register_parameter(leaf, tensor)
-        elif not hasattr(parent, leaf):
-            parent.register_buffer(leaf, tensor)
+        place(root, name, tensor)
 
 
 def _strip(graph: torch.fx.Graph, node: Node) -> None:

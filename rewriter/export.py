@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
 from rewriter.errors import RewriterError
+from rewriter.plugins import discover
 
 #: A backend: (model, folder, **options) -> what it did, as a dictionary that JSON can hold.
 Backend = Callable[..., dict[str, Any]]
@@ -26,13 +26,7 @@ def backends() -> dict[str, Backend]:
 
     The packages register themselves when they are imported; one that is not there is no error.
     """
-    import pkgutil
-
-    package = importlib.import_module("rewriter.backends")
-    for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"rewriter.backends.{module.name}")
-    for entry in entry_points(group="rewriter.backends"):
-        entry.load()
+    discover("rewriter.backends")
     return dict(sorted(BACKENDS.items()))
 
 

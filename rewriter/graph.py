@@ -41,6 +41,19 @@ SHAPE_OPS = {
 }
 
 
+def place(root: nn.Module, name: str, tensor: Tensor) -> None:
+    """Register a parameter or buffer under a dotted name, making the modules on the way."""
+    *folders, leaf = name.split(".")
+    for part in folders:
+        if not hasattr(root, part):
+            root.add_module(part, nn.Module())
+        root = getattr(root, part)
+    if isinstance(tensor, nn.Parameter):
+        root.register_parameter(leaf, tensor)
+    else:
+        root.register_buffer(leaf, tensor)
+
+
 def path_of(node: Node) -> str:
     """Dotted path of the module whose forward made this node ('' for the model itself)."""
     return node.meta.get("path", "")
@@ -205,18 +218,11 @@ class Graph:
 
     def add_tensor(self, name: str, value: Tensor, trainable: bool = True) -> Node:
         """Register `value` under a dotted name and return its get_attr node at the cursor."""
-        owner, _, leaf = name.rpartition(".")
-        parent: nn.Module = self.module
-        for part in owner.split(".") if owner else []:
-            if not hasattr(parent, part):
-                parent.add_module(part, nn.Module())
-            parent = getattr(parent, part)
-        if trainable and value.is_floating_point():
-            parent.register_parameter(leaf, nn.Parameter(value.detach().clone()))
-        else:
-            parent.register_buffer(leaf, value.detach().clone())
+        value = value.detach().clone()
+        trains = trainable and value.is_floating_point()
+        place(self.module, name, nn.Parameter(value) if trains else value)
         node = self.module.graph.get_attr(name)
-        node.meta["path"] = owner
+        node.meta["path"] = name.rpartition(".")[0]
         return node
 
     def call(self, target: Any, *args: Any, path: str = "", **kwargs: Any) -> Node:

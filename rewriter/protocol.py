@@ -6,7 +6,6 @@ import enum
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from importlib.metadata import entry_points
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -15,6 +14,7 @@ from torch.fx import Node
 
 from rewriter.errors import PlanError
 from rewriter.graph import Graph
+from rewriter.plugins import discover
 
 
 class Contract(enum.StrEnum):
@@ -173,14 +173,7 @@ REGISTRY: dict[str, type[Pass]] = {}
 
 def passes() -> dict[str, type[Pass]]:
     """All known passes by name: this package's and those of `rewriter.passes` entry points."""
-    import importlib
-    import pkgutil
-
-    package = importlib.import_module("rewriter.passes")
-    for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"rewriter.passes.{module.name}")
-    for entry in entry_points(group="rewriter.passes"):
-        entry.load()
+    discover("rewriter.passes")
     return dict(sorted(REGISTRY.items()))
 
 

@@ -16,7 +16,7 @@ from torch.fx import GraphModule, Node
 
 from rewriter import state
 from rewriter.errors import RewriterError
-from rewriter.graph import Graph
+from rewriter.graph import Graph, place
 
 VERSION = 1
 NAMESPACES = ("aten", "rewriter")
@@ -112,7 +112,7 @@ def load(data: dict[str, Any], tensors: dict[str, nn.Parameter | torch.Tensor]) 
         elif kind == "get_attr":
             if target not in tensors:
                 raise RewriterError(f"the weights lack {target}", "the folder is incomplete")
-            _place(root, target, tensors[target])
+            place(root, target, tensors[target])
             node = fx.create_node("get_attr", target)
         elif kind == "call_function":
             args, kwargs = _decode(entry["args"], made), _decode(entry.get("kwargs", {}), made)
@@ -129,18 +129,6 @@ def load(data: dict[str, Any], tensors: dict[str, nn.Parameter | torch.Tensor]) 
         setattr(result, key, data[key])
     result.source_tensors = set(tensors)
     return result
-
-
-def _place(root: nn.Module, name: str, value: nn.Parameter | torch.Tensor) -> None:
-    *folders, leaf = name.split(".")
-    for part in folders:
-        if not hasattr(root, part):
-            root.add_module(part, nn.Module())
-        root = getattr(root, part)
-    if isinstance(value, nn.Parameter):
-        root.register_parameter(leaf, value)
-    elif not hasattr(root, leaf):
-        root.register_buffer(leaf, value)
 
 
 def _target_name(target: Any) -> str:
