@@ -11,7 +11,8 @@ from transformers.pytorch_utils import Conv1D
 
 from rewriter.capture import capture
 from rewriter.errors import PlanError
-from rewriter.passes.mamba2 import Mamba2, Mixer, fit, mixer_features
+from rewriter.passes._mamba2_mixer import Mixer, fit, mixer_features
+from rewriter.passes.mamba2 import Mamba2
 from rewriter.protocol import Calibration, NearMiss, Site
 
 DIM, HEADS, KV_HEADS, WIDTH = 24, 4, 2, 6

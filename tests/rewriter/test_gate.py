@@ -13,8 +13,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from rewriter.capture import capture
 from rewriter.errors import GateError, VerifyError
 from rewriter.graph import ATTENTION, Graph, argument, as_linear, aten, set_argument
+from rewriter.passes import mamba2
+from rewriter.passes._mamba2_mixer import CONV, SSD, Mixer, mixer_features, quadratic
 from rewriter.passes.low_rank import LowRank
-from rewriter.passes.mamba2 import CONV, SSD, Mamba2, Mixer, mixer_features, quadratic
+from rewriter.passes.mamba2 import Mamba2
 from rewriter.passes.sliding_window import SlidingWindow
 from rewriter.protocol import Made, Pass, Site
 from rewriter.rewrite import rewrite
@@ -421,6 +423,36 @@ def test_the_matrix_form_is_the_scan(model):
     p = mixer.tensors
     scan = features @ p["out_proj.weight"].T + p["out_proj.bias"]
     torch.testing.assert_close(quadratic(hidden, mixer, mask)[mask], scan[mask])
+
+
+def _permute_query_heads(mixer: Mixer) -> None:
+    z, shared = HEADS * WIDTH, 2 * mixer.kv_heads * WIDTH
+    query = mixer.tensors["in_proj.weight"][z + shared : z + shared + HEADS * WIDTH]
+    query.copy_(query.roll(WIDTH, 0))
+
+
+def _drop_bias(mixer: Mixer) -> None:
+    mixer.tensors["in_proj.bias"][HEADS * WIDTH :] = 0
+
+
+def _swap_key_and_value(mixer: Mixer) -> None:
+    z, n = HEADS * WIDTH, mixer.kv_heads * WIDTH
+    both = mixer.tensors["in_proj.weight"][z : z + 2 * n]
+    both.copy_(both.roll(n, 0))
+
+
+@pytest.mark.parametrize("spoil", [_permute_query_heads, _drop_bias, _swap_key_and_value])
+@pytest.mark.parametrize("fit", ["output_projection", "none"])
+def test_wrongly_loaded_weights_are_caught(monkeypatch, model, ids, spoil, fit):
+    def wrong(*args):
+        mixer = initial_mixer(*args)
+        spoil(mixer)
+        return mixer
+
+    initial_mixer = mamba2.initial_mixer
+    monkeypatch.setattr(mamba2, "initial_mixer", wrong)
+    with pytest.raises(GateError, match="promises"):
+        run(model, ids, "mamba2", fit=fit)
 
 
 # ---- policies -------------------------------------------------------------------------------
