@@ -19,7 +19,7 @@ from rewriter.protocol import Contract, Pass, Site
 EXACT = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
-@dataclass
+@dataclass(eq=False)
 class Rewritten:
     """One rewritten site, and what the gate has measured there.
 

@@ -224,6 +224,13 @@ def _apply(graph: Graph, made_by: Pass, chosen: list[Site], run: _Steps) -> list
     run.sites = done
     declared = set().union(*(d.dropped for d in done)) if done else set()
     graph.sweep(declared)
+    alive = set(graph.nodes)
+    for earlier in done:
+        if earlier.output not in alive and earlier not in result:
+            raise PlanError(
+                f"{made_by.name} replaces what {earlier.step.name} made at {earlier.site.name}",
+                "give each of them its own layers",
+            )
     verify(graph, done)
     for site, made in checks:
         made_by.check(graph, site, made)

@@ -11,7 +11,7 @@ from torch.fx import Node
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rewriter.capture import capture
-from rewriter.errors import GateError, VerifyError
+from rewriter.errors import GateError, PlanError, VerifyError
 from rewriter.graph import ATTENTION, Graph, argument, as_linear, aten, set_argument
 from rewriter.passes import mamba2
 from rewriter.passes._mamba2_mixer import CONV, SSD, Mixer, mixer_features, quadratic
@@ -386,6 +386,15 @@ def test_several_steps_on_the_same_layers(model, ids):
     assert [s["facts"]["window"] for s in windows] == [5]
     assert any("mamba2.in_proj" in s["site"] for s in sites)
     assert all(0 < s["error"] < 10 for s in sites)
+
+
+def test_two_mixers_on_one_layer_are_a_mistake_in_the_plan(model, ids):
+    steps = [
+        {"pass": "sliding_window", "window": 5, "layers": [1]},
+        {"pass": "mamba2", "layers": [1]},
+    ]
+    with pytest.raises(PlanError, match="sliding_window made at model.layers.1.self_attn"):
+        rewrite(model, {"steps": steps, "gate": {"length": LENGTH}}, ids)
 
 
 def test_a_fault_in_a_later_step_is_caught(monkeypatch, model, ids):
