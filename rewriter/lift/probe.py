@@ -7,6 +7,7 @@ computed for a few small sizes and compared with what the attention op can say i
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,6 +116,27 @@ def constant(module: GraphModule, tainted: set[Node], value: Any) -> float | Non
         return None
 
 
+@dataclass(frozen=True)
+class _Question:
+    """A mask to read: `mask` [B, H, length, keys], whose true means hidden when `hides`."""
+
+    module: GraphModule
+    tainted: set[Node]
+    mask: Node
+    length: Any
+    keys: Any
+    hides: bool
+
+
+@dataclass(frozen=True)
+class _Padding:
+    """A guess: `node` [B, keys] marks the real tokens (`inverted`: the padding; `binary`: by 1)."""
+
+    node: Node | None = None
+    inverted: bool = False
+    binary: bool = False
+
+
 def meaning(
     module: GraphModule, tainted: set[Node], mask: Node, query: Node, key: Node, hides: bool
 ) -> Meaning | None:
@@ -135,38 +157,30 @@ def meaning(
         if node in ancestors and isinstance(value, Tensor) and value.dim() == 2:
             if shape(node)[1] == keys and not value.dtype.is_floating_point:
                 candidates.append(node)
-    for candidate in candidates:
-        for inverted in (False, True) if candidate is not None else (False,):
-            for binary in (False, True):
-                # Only an input that is named a mask may be assumed to hold just 0 and 1.
-                if binary and not (
-                    candidate is not None
-                    and candidate.op == "placeholder"
-                    and "mask" in candidate.name
-                ):
-                    continue
-                found = _try(
-                    module, tainted, mask, length, keys, hides, candidate, inverted, binary
-                )
-                if found is not None:
-                    return found
+    question = _Question(module, tainted, mask, length, keys, hides)
+    for padding in _guesses(candidates):
+        found = _try(question, padding)
+        if found is not None:
+            return found
     return None
 
 
-def _try(
-    module: GraphModule,
-    tainted: set[Node],
-    mask: Node,
-    length: Any,
-    keys: Any,
-    hides: bool,
-    candidate: Node | None,
-    inverted: bool,
-    binary: bool,
-) -> Meaning | None:
+def _guesses(candidates: list[Node | None]) -> Iterator[_Padding]:
+    for node in candidates:
+        if node is None:
+            yield _Padding()
+            continue
+        # Only an input that is named a mask may be assumed to hold just 0 and 1.
+        named = node.op == "placeholder" and "mask" in node.name
+        for inverted in (False, True):
+            for binary in (False, True) if named else (False,):
+                yield _Padding(node, inverted, binary)
+
+
+def _try(question: _Question, padding: _Padding) -> Meaning | None:
     result: tuple[bool, int] | None = None
     seen: list[tuple[Tensor, int, int]] = []
-    long = _long_sizes(module, mask, candidate)
+    long = _long_sizes(question.module, question.mask, padding.node)
     if long is None:
         return None
     reached = False
@@ -174,9 +188,7 @@ def _try(
         if number > 13 and reached:
             continue  # the longest that the buffers allow is enough
         try:
-            pattern, rows, columns = _evaluate(
-                module, tainted, mask, length, keys, hides, candidate, inverted, binary, number
-            )
+            pattern, rows, columns = _evaluate(question, padding, number)
         except Exception:  # longer than a buffer, or not a value we can know
             if number > 13:
                 continue
@@ -194,55 +206,46 @@ def _try(
             return None
     if result is None:
         return None
-    return Meaning(result[0], result[1], candidate, inverted)
+    return Meaning(result[0], result[1], padding.node, padding.inverted)
 
 
 def _evaluate(
-    module: GraphModule,
-    tainted: set[Node],
-    mask: Node,
-    length: Any,
-    keys: Any,
-    hides: bool,
-    candidate: Node | None,
-    inverted: bool,
-    binary: bool,
-    number: int,
+    question: _Question, padding: _Padding, number: int
 ) -> tuple[Tensor | None, int, int]:
     """Which key each query sees at one size, [L, S], if every row of the batch agrees."""
     sizes: dict[Any, int] = {}
-    if isinstance(keys, sympy.Expr):
-        sizes.update(dict.fromkeys(keys.free_symbols, number))
-    if isinstance(length, sympy.Expr):
-        for symbol in length.free_symbols:
+    if isinstance(question.keys, sympy.Expr):
+        sizes.update(dict.fromkeys(question.keys.free_symbols, number))
+    if isinstance(question.length, sympy.Expr):
+        for symbol in question.length.free_symbols:
             sizes.setdefault(symbol, max(number - 3, 1))
-    run = Evaluator(module, tainted, sizes)
-    rows, columns = run.size(length), run.size(keys)
-    padding = torch.ones(_BATCH, columns, dtype=torch.bool)
-    if candidate is not None:
-        value = candidate.meta["val"]
+    run = Evaluator(question.module, question.tainted, sizes)
+    rows, columns = run.size(question.length), run.size(question.keys)
+    real = torch.ones(_BATCH, columns, dtype=torch.bool)
+    if padding.node is not None:
+        value = padding.node.meta["val"]
         if run.size(value.shape[0]) != _BATCH and not isinstance(value.shape[0], int):
             raise Unknown
         generator = torch.Generator().manual_seed(0)
-        padding = torch.rand(run.size(value.shape[0]), columns, generator=generator) > 0.4
-        padding[0] = True
-        content = padding != inverted
+        real = torch.rand(run.size(value.shape[0]), columns, generator=generator) > 0.4
+        real[0] = True
+        content = real != padding.inverted
         if value.dtype != torch.bool:
-            pick = [1] if binary else [1, 2, 5, 9]
+            pick = [1] if padding.binary else [1, 2, 5, 9]
             chosen = torch.randint(len(pick), content.shape, generator=generator)
             content = torch.tensor(pick)[chosen] * content
-        run.known[candidate] = content.to(value.dtype)
-    seen = run(mask)
+        run.known[padding.node] = content.to(value.dtype)
+    seen = run(question.mask)
     if seen.dtype == torch.bool:
-        seen = ~seen if hides else seen
+        seen = ~seen if question.hides else seen
     else:
         hidden = seen <= HIDDEN
         if not bool((hidden | (seen == 0)).all()):
             return None, rows, columns
         seen = ~hidden
-    seen = seen.expand(padding.shape[0] if candidate is not None else -1, -1, rows, columns)
+    seen = seen.expand(real.shape[0] if padding.node is not None else -1, -1, rows, columns)
     pattern = seen[0, 0]
-    if not torch.equal(seen, (pattern & padding[: seen.shape[0], None, None, :]).expand_as(seen)):
+    if not torch.equal(seen, (pattern & real[: seen.shape[0], None, None, :]).expand_as(seen)):
         return None, rows, columns
     return pattern, rows, columns
 
