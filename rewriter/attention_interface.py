@@ -181,13 +181,14 @@ def _mask(
         _session.cursor += 1
     if kind.dense:
         kwargs.update(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
+        if mask_function is not None:
+            kwargs["mask_function"] = mask_function
         result = sdpa_mask(
             batch_size=batch_size,
             q_length=q_length,
             kv_length=kv_length,
             q_offset=q_offset,
             kv_offset=kv_offset,
-            mask_function=mask_function,
             attention_mask=attention_mask,
             **kwargs,
         )

@@ -156,7 +156,7 @@ def _guard_sizes(graph: Graph, dynamic: dict[str, list[int]]) -> None:
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
     anchor = graph.nodes[graph.nodes.index(placeholders[-1]) + 1]
     for node in placeholders:
-        for dim in dynamic[node.target]:
+        for dim in dynamic[str(node.target)]:
             fixed = expression(node.meta["val"].shape[dim])
             if not isinstance(fixed, int):
                 continue
@@ -222,7 +222,7 @@ def _capture_plain(model: nn.Module, example: Any) -> Graph:
         model.train(training)
     graph = _canonical(program, prefix="")
     graph.model_class = type(model).__name__
-    graph.inputs = [n.target for n in graph.nodes if n.op == "placeholder"]
+    graph.inputs = [str(n.target) for n in graph.nodes if n.op == "placeholder"]
     return graph
 
 
@@ -279,7 +279,7 @@ def _strip(graph: torch.fx.Graph, node: Node) -> None:
     elif node.target in (aten.detach.default, aten.detach_.default):
         same = node.args[0]
     elif node.target is aten.to.dtype and len(node.args) > 1:
-        value = node.args[0].meta.get("val")
+        value = node.all_input_nodes[0].meta.get("val")
         if isinstance(value, Tensor) and value.dtype == node.args[1]:
             same = node.args[0]
     if isinstance(same, Node):

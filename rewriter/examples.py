@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,12 +28,13 @@ def example_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
     text = getattr(text, "text_config", None) or text
     vocabulary = min(getattr(text, "vocab_size", None) or 16, 200)
     generator = torch.Generator().manual_seed(0)
-    special = {getattr(text, "pad_token_id", None) or 0, image_token(model)}
+    found = (getattr(text, "pad_token_id", None) or 0, image_token(model))
+    special = {token for token in found if token is not None}
     usual = next(t for t in range(2, vocabulary) if t not in special)
 
     def tokens(length: int = LENGTH) -> Tensor:
         ids = torch.randint(3, max(vocabulary, 5), (BATCH, length), generator=generator)
-        for token in special - {None}:
+        for token in special:
             ids = ids.masked_fill(ids == token, usual)
         return ids.to(device)
 
@@ -55,11 +57,12 @@ def example_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
         inputs["attention_mask"] = mask
     if "decoder_input_ids" in names:
         inputs["decoder_input_ids"] = tokens(LENGTH - 3)
-    if image_token(model) is not None and "pixel_values" in inputs:
-        _place_images(model, inputs)
+    token = image_token(model)
+    if token is not None and "pixel_values" in inputs:
+        _place_images(model, inputs, token)
     if generates(model) and "position_ids" in names:
         inputs["position_ids"] = (inputs["attention_mask"].cumsum(-1) - 1).clamp_min(0)
-    elif "token_type_ids" in names and getattr(config, "type_vocab_size", 0):
+    elif "token_type_ids" in names and getattr(config, "type_vocab_size", None):
         inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
     if not inputs:
         raise CaptureError(f"no input of {type(model).__name__} is known", "pass an nn.Module")
@@ -68,11 +71,13 @@ def example_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
 
 def image_token(model: PreTrainedModel) -> int | None:
     """The token that stands for one piece of an image, of a model that has one."""
-    names = ("image_token_id", "image_token_index")
-    return next((t for n in names if (t := getattr(model.config, n, None)) is not None), None)
+    for name in ("image_token_id", "image_token_index"):
+        if (token := getattr(model.config, name, None)) is not None:
+            return int(token)
+    return None
 
 
-def _place_images(model: PreTrainedModel, inputs: dict[str, Tensor]) -> None:
+def _place_images(model: Any, inputs: dict[str, Tensor], token: int) -> None:
     """Put one image into each row: as many image tokens as the model makes of it."""
     count = None
     for pixels in (inputs["pixel_values"], inputs["pixel_values"][:, None]):  # [B, images, ..]
@@ -86,7 +91,7 @@ def _place_images(model: PreTrainedModel, inputs: dict[str, Tensor]) -> None:
         break
     if count is None:
         raise CaptureError(f"{type(model).__name__} takes images of an unknown layout")
-    for name, value in (("input_ids", image_token(model)), ("attention_mask", 1)):
+    for name, value in (("input_ids", token), ("attention_mask", 1)):
         images = torch.full((BATCH, count), value, device=model.device)
         before, after = inputs[name].split([PREFIX, LENGTH - PREFIX], 1)
         inputs[name] = torch.cat([before, images, after], 1)

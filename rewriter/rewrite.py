@@ -20,7 +20,7 @@ from rewriter import gate
 from rewriter.calibration import Activations, copy_module, graph_inputs, token_batches
 from rewriter.capture import capture, example_inputs
 from rewriter.errors import CaptureError, GateError, PlanError, VerifyError
-from rewriter.graph import ATTENTION, Graph
+from rewriter.graph import Graph
 from rewriter.inspection import total_layers
 from rewriter.loading import load_model
 from rewriter.model import RewriterConfig, RewrittenModel, companions
@@ -28,7 +28,7 @@ from rewriter.plan import Plan
 from rewriter.protocol import Contract, Made, Pass, Site
 from rewriter.selection import select
 from rewriter.state import thread_state
-from rewriter.state_size import pays_from
+from rewriter.state_size import pays_from, state_size
 
 #: A run is told to calibrate on this many tokens: 32 sequences of 512.
 CALIBRATION = (32, 512)
@@ -75,7 +75,7 @@ def rewrite(
     text = _is_text(graph)
     tokenizer = tokenizer or _tokenizer(source)
     before = _count(graph)
-    state_before = _state_size(graph)
+    state_before = state_size(graph)
     batches, about = _batches(graph, original, tokenizer, plan, data, text)
     run = _run_steps(graph, plan, reference, batches, text)
     sites = run.sites
@@ -90,7 +90,7 @@ def rewrite(
     }
     report |= _check(graph, reference, run, plan, text)
     seconds["gate"], clock = time.perf_counter() - clock, time.perf_counter()
-    state_after = _state_size(graph)
+    state_after = state_size(graph)
     if _threads(graph):
         thread_state(graph)
     seconds["state"] = time.perf_counter() - clock
@@ -346,32 +346,6 @@ def _threads(graph: Graph) -> bool:
 
 def _count(graph: Graph) -> int:
     return sum(t.numel() for _, t in graph.parameters() if t.is_floating_point())
-
-
-def _state_size(graph: Graph) -> dict[str, Any]:
-    """Bytes of decoding state for one sequence, from the shapes in the graph."""
-    fixed, growing = 0, 0
-    capped: list[dict[str, int]] = []
-    for node in graph.nodes:
-        if node.target is ATTENTION:
-            key, value = (a.meta.get("val") for a in node.args[1:3])
-            each = sum(
-                int(t.shape[1]) * int(t.shape[3]) * t.element_size()
-                for t in (key, value)
-                if t is not None
-            )
-            window, sinks = int(node.args[9]), int(node.args[11])
-            if window:
-                capped.append({"bytes_per_token": each, "tokens": window + sinks})
-            else:
-                growing += each
-        elif node.target is torch.ops.rewriter.ssd.default:
-            x, b = node.args[0].meta["val"], node.args[3].meta["val"]
-            fixed += int(x.shape[2]) * int(x.shape[3]) * int(b.shape[3]) * 4
-        elif node.target is torch.ops.rewriter.causal_conv1d.default:
-            x, w = node.args[0].meta["val"], node.args[1].meta["val"]
-            fixed += int(x.shape[2]) * (int(w.shape[1]) - 1) * x.element_size()
-    return {"fixed": fixed, "per_token": growing, "capped": capped}
 
 
 def _lock(

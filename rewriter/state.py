@@ -202,7 +202,7 @@ def thread_state(graph: Graph) -> Graph:
     owners: dict[str, Node] = {}
     for node in mixers:
         if node.target is ATTENTION:
-            state = _placeholder(graph, {"kind": "kv"} | _window(node))
+            state = _placeholder(graph, attention_spec(node))
             _thread_attention(graph, node, state)
             continue
         path = node.meta.get("path", "")
@@ -225,13 +225,13 @@ def thread_state(graph: Graph) -> Graph:
     return graph
 
 
-def _window(node: Node) -> dict[str, Any]:
+def attention_spec(node: Node) -> dict[str, Any]:
+    """Specification of an attention's state: a ring where the kept keys suffice, else all."""
     window = argument(node, "window")
-    if window and argument(node, "causal") and not argument(node, "chunk"):
-        plain = argument(node, "bias") is None and argument(node, "mask") is not None
-        if plain:
-            return {"kind": "ring", "window": window, "sinks": argument(node, "sinks")}
-    return {}
+    bounded = window and argument(node, "causal") and not argument(node, "chunk")
+    if bounded and argument(node, "bias") is None and argument(node, "mask") is not None:
+        return {"kind": "ring", "window": window, "sinks": argument(node, "sinks")}
+    return {"kind": "kv"}
 
 
 def _placeholder(graph: Graph, spec: dict[str, Any]) -> Node:

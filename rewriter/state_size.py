@@ -9,6 +9,44 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from torch import Tensor
+from torch.fx import Node
+
+from rewriter.graph import ATTENTION, Graph, argument
+from rewriter.state import CONV, SSD, attention_spec
+
+#: A slot of a ring also holds its column (int64) and whether it is real (bool).
+SLOT = 9
+
+
+def state_size(graph: Graph) -> dict[str, Any]:
+    """What the mixers of a graph keep for one sequence, from the shapes in the graph."""
+    fixed = growing = 0
+    capped: list[dict[str, int]] = []
+    for node in graph.nodes:
+        if node.target is ATTENTION:
+            spec = attention_spec(node)
+            each = sum(
+                int(t.shape[1]) * int(t.shape[3]) * t.element_size()
+                for t in (_value(node, "key"), _value(node, "value"))
+            )
+            if spec["kind"] == "ring":
+                slots = spec["window"] + spec["sinks"]
+                capped.append({"bytes_per_token": each + SLOT, "tokens": slots})
+            else:
+                growing += each
+        elif node.target is SSD:
+            x, b = _value(node, "x"), _value(node, "B")
+            fixed += int(x.shape[2]) * int(x.shape[3]) * int(b.shape[3]) * 4  # always fp32
+        elif node.target is CONV:
+            x, weight = _value(node, "x"), _value(node, "weight")
+            fixed += int(x.shape[2]) * (int(weight.shape[1]) - 1) * x.element_size()
+    return {"fixed": fixed, "per_token": growing, "capped": capped}
+
+
+def _value(node: Node, name: str) -> Tensor:
+    return argument(node, name).meta["val"]
+
 
 def state_bytes(part: dict[str, Any], tokens: int) -> float:
     """Bytes of state after `tokens` tokens of one sequence."""

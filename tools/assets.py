@@ -29,6 +29,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(os.environ.get("REWRITER_ASSETS") or Path.home() / ".cache" / "rewriter" / "assets")
 MARKER = ".done"
@@ -231,11 +232,11 @@ def dinov2(work: Path, out: Path) -> None:
             if node.op_type == "MatMul" and name in weights:
                 module = ".".join(node.name.strip("/").split("/")[1:-1])
                 state[f"{module}.weight"] = torch.tensor(weights[name].T.copy())
-    shapes = {(1, 1, 384): None, (1, 1369, 384): None}
+    parts = {(1, 1, 384): torch.empty(0), (1, 1369, 384): torch.empty(0)}  # class, patches
     for name, value in weights.items():
-        if name.startswith("onnx::") and value.shape in shapes:
-            shapes[value.shape] = torch.tensor(value)
-    state["embeddings.position_embeddings"] = torch.cat(list(shapes.values()), 1)
+        if name.startswith("onnx::") and value.shape in parts:
+            parts[value.shape] = torch.tensor(value)
+    state["embeddings.position_embeddings"] = torch.cat(list(parts.values()), 1)
     state["embeddings.mask_token"] = torch.zeros(1, 384)
     Dinov2Config(
         hidden_size=384,
@@ -380,7 +381,7 @@ def whisper(work: Path, out: Path) -> None:
     check_loads(WhisperForConditionalGeneration, out)
 
 
-def check_loads(cls: type, folder: Path) -> None:
+def check_loads(cls: Any, folder: Path) -> None:
     """Raise unless every key of the folder's weights, and no other, is a parameter of `cls`."""
     _, report = cls.from_pretrained(folder, output_loading_info=True)
     wrong = {

@@ -168,9 +168,9 @@ def test_damaged_weights_are_one_clear_error(rewritten, tmp_path: Path):
 
 def test_ring_is_bounded_and_measured():
     ring, rows, heads, width = Ring(window=8, sinks=2), 2, 3, 4
-    formula = 2 * rows * heads * (8 + 2) * width * 4  # keys and values, fp32
+    formula = rows * (8 + 2) * (2 * heads * width * 4 + 9)  # fp32; column and flag of a slot
     for step in range(30):
         new = torch.randn(rows, heads, 1, width)
         ring.append(new, new, torch.ones(rows, step + 1))
-        stored = ring.key.untyped_storage().nbytes() + ring.value.untyped_storage().nbytes()
+        stored = sum(t.untyped_storage().nbytes() for t in ring.tensors().values())
         assert stored == formula

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rewriter
 from rewriter.state import State
+from rewriter.state_size import state_bytes
 
 pytestmark = pytest.mark.slow
 
@@ -98,9 +99,11 @@ def test_window_decodes_what_one_prefill_gives(smollm2, text):
                 use_cache=True,
             )
             parts.append(made.logits[0])
-            sizes.append(
-                sum(t.untyped_storage().nbytes() for m in state.mixers for t in (m.key, m.value))
-            )
+            held = [t for m in state.mixers for t in m.tensors().values()]
+            sizes.append(sum(t.untyped_storage().nbytes() for t in held))
     got = torch.cat(parts)
     assert float((got - whole).abs().max() / whole.abs().max()) <= 1e-4
-    assert set(sizes) == {30 * 2 * 3 * 64 * (256 + 4) * 4}
+    # 30 layers, 260 slots: key and value of 3 heads of 64 in fp32, column and flag
+    formula = 30 * 260 * (2 * 3 * 64 * 4 + 9)
+    assert set(sizes) == {formula}
+    assert state_bytes(model.report["state"]["after"], 1000) == formula
