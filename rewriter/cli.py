@@ -9,9 +9,7 @@ import contextlib
 import json
 import os
 import re
-import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -89,9 +87,10 @@ def apply(
     _check_model(model)
     with _quiet_stdout(as_json):
         from rewriter import rewrite
+        from rewriter.folders import whole_folder
 
         made = rewrite(model, chosen, data=data)
-        with _whole_folder(output) as folder:
+        with whole_folder(output) as folder:
             made.save_pretrained(folder)
             if export:
                 from rewriter.export import export as write_export
@@ -226,24 +225,6 @@ def _check_folder(folder: Path) -> None:
         raise RewriterError(
             f"'{folder}' is not a rewritten model", "give a folder that 'rewriter apply' made"
         )
-
-
-@contextlib.contextmanager
-def _whole_folder(output: Path) -> Iterator[Path]:
-    """A folder to write in, which becomes `output` at the end, or nothing when it fails."""
-    made = [p for p in output.absolute().parents if not p.exists()]
-    output.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-    try:
-        yield aside / "model"
-        (aside / "model").rename(output)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        for parent in made:
-            with contextlib.suppress(OSError):
-                parent.rmdir()
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +26,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from rewriter import serialize
 from rewriter.capture import model_output
 from rewriter.errors import RewriterError
+from rewriter.folders import whole_folder
 from rewriter.graph import Graph
 from rewriter.state import State
 
@@ -180,20 +179,9 @@ class RewrittenModel(PreTrainedModel, GenerationMixin):
     # ---- saving --------------------------------------------------------------------------
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
-        """Write the folder of design §6 whole or not at all: aside, then renamed."""
-        target = Path(save_directory)
-        if target.exists() and (not target.is_dir() or any(target.iterdir())):
-            raise RewriterError(f"{target} exists already", "give a new folder")
-        aside = _aside(target)
-        try:
-            self._write(aside)
-            _as_umask(aside)  # mkdtemp and safetensors make private files
-            if target.exists():
-                target.rmdir()
-            aside.rename(target)
-        except BaseException:
-            shutil.rmtree(aside, ignore_errors=True)
-            raise
+        """Write config, weights, graph, plan, lock and report: whole or not at all."""
+        with whole_folder(save_directory) as folder:
+            self._write(folder)
 
     def _write(self, folder: Path) -> None:
         self.config.architectures = [type(self).__name__]
@@ -226,23 +214,6 @@ class RewrittenModel(PreTrainedModel, GenerationMixin):
             dtype=kwargs.get("dtype") or kwargs.get("torch_dtype"),
             device=kwargs.get("device_map"),
         )
-
-
-def _aside(target: Path) -> Path:
-    parent = target.absolute().parent
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-        return Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=parent))
-    except OSError as error:
-        raise RewriterError(f"cannot write to {parent}: {error.strerror}") from error
-
-
-def _as_umask(folder: Path) -> None:
-    mask = os.umask(0)
-    os.umask(mask)
-    folder.chmod(0o777 & ~mask)
-    for path in folder.iterdir():
-        path.chmod(0o666 & ~mask)
 
 
 def load(folder: str | Path, dtype: Any = None, device: Any = None) -> RewrittenModel:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import operator
-import os
 import shutil
 from collections import Counter
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from torch.fx import GraphModule, Node
 
 from rewriter.backends.onnx import check, lower
 from rewriter.errors import GateError, RewriterError
+from rewriter.folders import whole_folder
 from rewriter.graph import ATTENTION, Graph, argument
 from rewriter.state import CONV, SSD, read, update_kv, update_ring, write
 
@@ -58,15 +58,9 @@ def export_onnx(
     check.require()
     if attention not in ("fused", "standard"):
         raise RewriterError(f"unknown attention lowering '{attention}'", "use fused or standard")
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise RewriterError(f"{folder} is not empty", "choose a folder that does not exist yet")
     fallbacks: list[str] = []
     graph: Graph = model.graph
-    aside = folder.parent / f".{folder.name}.{os.getpid()}.part"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
+    with whole_folder(folder) as aside:
         with torch.no_grad(), _evaluating(graph.module):
             module = widen(graph.module, fallbacks)
             example = check.Feeder(graph, module)
@@ -96,11 +90,6 @@ def export_onnx(
         }
         (aside / "export.json").write_text(json.dumps(report, indent=2) + "\n")
         _companions(model, aside)
-        if folder.exists():
-            folder.rmdir()
-        aside.rename(folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     return report
 
 

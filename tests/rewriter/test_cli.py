@@ -191,7 +191,7 @@ def test_failures_of_a_run(tmp_path, plan, capsys, monkeypatch):
             self.error = error
 
         def save_pretrained(self, folder):
-            folder.mkdir()
+            folder.mkdir(exist_ok=True)
             (folder / "config.json").write_text("{}")
             print("chatter")
             if self.error:

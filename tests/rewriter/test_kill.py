@@ -39,3 +39,4 @@ def test_killed_apply_leaves_nothing(tiny_llama, tmp_path: Path):
     assert not output.exists()
     subprocess.run(command, check=True, capture_output=True)
     rewriter.load(output)
+    assert not list(tmp_path.glob(".out.*"))  # nor what the killed runs left beside it
