@@ -12,44 +12,24 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import (
-    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     GenerationConfig,
     GenerationMixin,
-    PretrainedConfig,
     PreTrainedModel,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from rewriter import serialize
 from rewriter.capture import model_output
+from rewriter.configuration import RewriterConfig
 from rewriter.errors import RewriterError
 from rewriter.folders import whole_folder
 from rewriter.graph import Graph
 from rewriter.state import State
 
 WEIGHTS = "model.safetensors"
-
-
-class RewriterConfig(PretrainedConfig):
-    """Configuration of a rewritten model: the original's inside, and the recovery state."""
-
-    model_type = "rewriter"
-
-    def __init__(
-        self, original: dict[str, Any] | None = None, recovery: str = "exact", **kwargs: Any
-    ) -> None:
-        self.original = original or {}
-        self.recovery = recovery
-        for key in ("vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings"):
-            if key in self.original:
-                kwargs.setdefault(key, self.original[key])
-        for key in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"):
-            if self.original.get(key) is not None:
-                kwargs.setdefault(key, self.original[key])
-        super().__init__(**kwargs)
 
 
 class RewrittenModel(PreTrainedModel, GenerationMixin):
@@ -284,7 +264,6 @@ def companions(folder: str | Path | None) -> list[Path]:
     return [p for p in sorted(Path(folder).iterdir()) if p.is_file() and p.name.startswith(wanted)]
 
 
-AutoConfig.register("rewriter", RewriterConfig)
 for _auto in (AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM):
     _auto.register(RewriterConfig, RewrittenModel)
 __all__ = ["RewriterConfig", "RewrittenModel", "companions", "load"]

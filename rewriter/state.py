@@ -17,12 +17,8 @@ from torch.fx import Node
 from torch.fx.node import has_side_effect
 from transformers import Cache
 
-import rewriter.kernels.causal_conv1d  # noqa: F401  registers the op
-import rewriter.kernels.ssd  # noqa: F401  registers the op
 from rewriter.graph import ATTENTION, Graph, argument, set_argument
-
-CONV = torch.ops.rewriter.causal_conv1d.default
-SSD = torch.ops.rewriter.ssd.default
+from rewriter.kernels.mixer import MIXERS, StateTensor
 
 
 class KeyValue:
@@ -197,32 +193,33 @@ FUNCTIONS = {f.__name__: f for f in (update_kv, update_ring, read, write)}
 
 def thread_state(graph: Graph) -> Graph:
     """Give every causal mixer of the graph a state input, in order of execution."""
-    fx = graph.module.graph
-    mixers = [n for n in graph.nodes if n.target in (ATTENTION, CONV, SSD)]
     owners: dict[str, Node] = {}
-    for node in mixers:
+    for node in graph.nodes:
         if node.target is ATTENTION:
             state = _placeholder(graph, attention_spec(node))
             _thread_attention(graph, node, state)
-            continue
-        path = node.meta.get("path", "")
-        if path not in owners:  # the convolution and the recurrence of a layer share one
-            owners[path] = _placeholder(graph, {"kind": "recurrent"})
-        name = "conv" if node.target is CONV else "ssm"
-        with fx.inserting_before(node):
-            set_argument(node, "state", graph.call(read, owners[path], name))
-        last = (
-            next(u for u in node.users if u.target is operator.getitem and u.args[1] == 1)
-            if any(u.args[1:] == (1,) for u in node.users)
-            else None
-        )
-        if last is None:
-            with fx.inserting_after(node):
-                last = graph.call(operator.getitem, node, 1)
-        with fx.inserting_after(last):
-            graph.call(write, owners[path], name, last)
+        elif (spec := MIXERS.get(node.target)) is not None and spec.state:
+            path = node.meta.get("path", "")
+            if path not in owners:  # the convolution and the recurrence of a layer share one
+                owners[path] = _placeholder(graph, {"kind": "recurrent"})
+            for tensor in spec.state:
+                _thread_recurrent(graph, node, owners[path], tensor)
     graph.recompile()
     return graph
+
+
+def _thread_recurrent(graph: Graph, node: Node, state: Node, tensor: StateTensor) -> None:
+    """Read one tensor before the op, write the op's new one after it."""
+    fx = graph.module.graph
+    with fx.inserting_before(node):
+        set_argument(node, tensor.argument, graph.call(read, state, tensor.name))
+    which = (operator.getitem, (node, tensor.output))
+    last = next((u for u in node.users if (u.target, u.args) == which), None)
+    if last is None:
+        with fx.inserting_after(node):
+            last = graph.call(operator.getitem, node, tensor.output)
+    with fx.inserting_after(last):
+        graph.call(write, state, tensor.name, last)
 
 
 def attention_spec(node: Node) -> dict[str, Any]:

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.fx import Node
 
 from rewriter.graph import ATTENTION, Graph, argument
-from rewriter.state import CONV, SSD, attention_spec
+from rewriter.kernels.mixer import MIXERS
+from rewriter.state import attention_spec
 
 #: A slot of a ring also holds its column (int64) and whether it is real (bool).
 SLOT = 9
@@ -35,12 +36,10 @@ def state_size(graph: Graph) -> dict[str, Any]:
                 capped.append({"bytes_per_token": each + SLOT, "tokens": slots})
             else:
                 growing += each
-        elif node.target is SSD:
-            x, b = _value(node, "x"), _value(node, "B")
-            fixed += int(x.shape[2]) * int(x.shape[3]) * int(b.shape[3]) * 4  # always fp32
-        elif node.target is CONV:
-            x, weight = _value(node, "x"), _value(node, "weight")
-            fixed += int(x.shape[2]) * (int(weight.shape[1]) - 1) * x.element_size()
+        elif node.target in MIXERS:
+            for tensor in MIXERS[node.target].state:
+                last = node.meta["val"][tensor.output]
+                fixed += math.prod(int(n) for n in last.shape[1:]) * last.element_size()
     return {"fixed": fixed, "per_token": growing, "capped": capped}
 
 

@@ -19,10 +19,13 @@ from rewriter.backends.onnx import check, lower
 from rewriter.errors import GateError, RewriterError
 from rewriter.folders import whole_folder
 from rewriter.graph import ATTENTION, Graph, argument
-from rewriter.state import CONV, SSD, read, update_kv, update_ring, write
+from rewriter.state import read, update_kv, update_ring, write
 
 TOLERANCE = 1e-4  # of max|logits|
 OPSET = 21  # 23 makes the exporter fuse a RotaryEmbedding that ONNX Runtime 1.32 refuses
+
+CONV = torch.ops.rewriter.causal_conv1d.default
+SSD = torch.ops.rewriter.ssd.default
 
 
 def export_onnx(

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from rewriter.kernels.attention import cpu
 from rewriter.kernels.autograd import register_recompute
+from rewriter.kernels.mixer import MixerSpec, register_mixer
 
 
 @torch.library.custom_op("rewriter::attention", mutates_args=())
@@ -69,3 +70,4 @@ def _(query: Tensor, key: Tensor, value: Tensor, *rest: object) -> Tensor:
 
 
 register_recompute(attention, cpu.attention)
+register_mixer(attention, MixerSpec("kv_append", normalised=True))

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from rewriter.kernels.autograd import register_recompute
 from rewriter.kernels.causal_conv1d import reference
+from rewriter.kernels.mixer import MixerSpec, StateTensor, register_mixer
 
 
 @torch.library.custom_op(
@@ -70,3 +71,4 @@ def _check(
 
 
 register_recompute(causal_conv1d, reference.causal_conv1d)
+register_mixer(causal_conv1d, MixerSpec("shift", (StateTensor("conv", "state", 1),)))

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from rewriter.kernels.autograd import register_recompute
+from rewriter.kernels.mixer import MixerSpec, StateTensor, register_mixer
 from rewriter.kernels.ssd import cpu
 
 
@@ -79,3 +80,4 @@ def _check(
 
 
 register_recompute(ssd, cpu.ssd)
+register_mixer(ssd, MixerSpec("head_scalar", (StateTensor("ssm", "state", 1),)))

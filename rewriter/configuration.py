@@ -1,0 +1,29 @@
+"""The configuration of a rewritten model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import AutoConfig, PretrainedConfig
+
+
+class RewriterConfig(PretrainedConfig):
+    """Configuration of a rewritten model: the original's inside, and the recovery state."""
+
+    model_type = "rewriter"
+
+    def __init__(
+        self, original: dict[str, Any] | None = None, recovery: str = "exact", **kwargs: Any
+    ) -> None:
+        self.original = original or {}
+        self.recovery = recovery
+        for key in ("vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings"):
+            if key in self.original:
+                kwargs.setdefault(key, self.original[key])
+        for key in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"):
+            if self.original.get(key) is not None:
+                kwargs.setdefault(key, self.original[key])
+        super().__init__(**kwargs)
+
+
+AutoConfig.register("rewriter", RewriterConfig)
