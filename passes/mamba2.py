@@ -85,6 +85,7 @@ class Mamba2(Pass):
     name, contract = "mamba2", Contract.NEEDS_RECOVERY
     Config = Config
     needs_calibration = True
+    learning_rates = {"transfer": {"new": 6e-3, "copied": 1.5e-3}}
 
     def __init__(self, config: PassConfig | None = None, **options: Any) -> None:
         super().__init__(config, **options)

@@ -21,10 +21,21 @@ if TYPE_CHECKING:
     from rewriter.export import export
     from rewriter.model import RewrittenModel, load
     from rewriter.plan import Plan
+    from rewriter.recover import recover, scan
     from rewriter.rewrite import rewrite
 
 __version__ = "0.1.0"
-__all__ = ["Plan", "RewriterError", "RewrittenModel", "capture", "export", "load", "rewrite"]
+__all__ = [
+    "Plan",
+    "RewriterError",
+    "RewrittenModel",
+    "capture",
+    "export",
+    "load",
+    "recover",
+    "rewrite",
+    "scan",
+]
 
 #: Public names and the modules that they are imported from when first asked for.
 _LAZY = {
@@ -33,7 +44,9 @@ _LAZY = {
     "capture": "capture",
     "export": "export",
     "load": "model",
+    "recover": "recover",
     "rewrite": "rewrite",
+    "scan": "recover",
 }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -65,11 +67,25 @@ def walk(module: GraphModule, inputs: list[Any]) -> Iterator[tuple[Node, Any, di
             environment.pop(used, None)
 
 
+def spread(items: list[Any], count: int) -> list[Any]:
+    """At most `count` of the items, evenly over the list."""
+    if len(items) <= count:
+        return items
+    return [items[i * len(items) // count] for i in range(count)]
+
+
 class Activations(Calibration):
     """Runs the original graph (or, for nodes a pass has made, the graph as it now is)."""
 
-    def __init__(self, reference: GraphModule, graph: Graph, batches: list[list[Tensor]]) -> None:
+    def __init__(
+        self,
+        reference: GraphModule,
+        graph: Graph,
+        batches: list[list[Tensor]],
+        gradient_tokens: int = 4096,
+    ) -> None:
         self.reference, self.graph, self.batches = reference, graph, batches
+        self.gradient_tokens = gradient_tokens
         self.tokens = sum(int(b[0].shape[0] * b[0].shape[1]) for b in batches)
         self.quiet = False
 
@@ -80,12 +96,17 @@ class Activations(Calibration):
         return self.graph.module, {n.name: n for n in nodes}
 
     def _each(self, nodes: list[Node], label: str, visit: Callable[[Node, Tensor], None]) -> None:
+        for one in self._values(nodes, label):
+            for node, value in one:
+                visit(node, value)
+
+    def _values(self, nodes: list[Node], label: str) -> Iterator[Iterator[tuple[Node, Tensor]]]:
+        """For every batch, the values of the nodes in order; nothing after the last is run."""
         module, wanted = self._module(nodes)
         for batch in tqdm(self.batches, desc=label, leave=False, disable=None):
             with torch.no_grad():
-                for node, value, _ in walk(module, batch):
-                    if node.name in wanted:
-                        visit(wanted[node.name], value)
+                found = ((n, v) for n, v, _ in walk(module, batch) if n.name in wanted)
+                yield ((wanted[n.name], v) for n, v in itertools.islice(found, len(wanted)))
 
     def inputs(self, nodes: list[Node]) -> dict[Node, Tensor]:
         rows: dict[Node, list[Tensor]] = {n: [] for n in nodes}
@@ -93,16 +114,7 @@ class Activations(Calibration):
         return {n: torch.cat(v) for n, v in rows.items()}
 
     def sequences(self, nodes: list[Node]) -> list[dict[Node, Tensor]]:
-        found: list[dict[Node, Tensor]] = []
-        module, wanted = self._module(nodes)
-        for batch in tqdm(self.batches, desc="activations", leave=False, disable=None):
-            one: dict[Node, Tensor] = {}
-            with torch.no_grad():
-                for node, value, _ in walk(module, batch):
-                    if node.name in wanted:
-                        one[wanted[node.name]] = value
-            found.append(one)
-        return found
+        return [dict(one) for one in self._values(nodes, "activations")]
 
     def grams(self, nodes: list[Node]) -> dict[Node, Tensor]:
         total: dict[Node, Tensor] = {}
@@ -120,8 +132,8 @@ class Activations(Calibration):
         module, wanted = self._module(nodes)
         generator = torch.Generator().manual_seed(0)
         total: dict[Node, Tensor] = {}
-        budget = max(1, min(len(self.batches), 3072 // max(1, self.batches[0][0].shape[1])))
-        for batch in tqdm(self.batches[:budget], desc="Fisher", leave=False, disable=None):
+        count = max(1, self.gradient_tokens // self.batches[0][0].shape[1])
+        for batch in tqdm(spread(self.batches, count), desc="Fisher", leave=False, disable=None):
             kept: dict[Node, Tensor] = {}
             with torch.enable_grad():
                 logits = None
@@ -153,26 +165,41 @@ class Activations(Calibration):
 # ---- text ---------------------------------------------------------------------------------
 
 
-def read_text(data: Any) -> tuple[list[str], str]:
-    """Documents and a word on their source. `data`: None, path(s), Hub data set, or texts."""
+def read_text(data: Any) -> tuple[list[list[str]], str]:
+    """Sources, each a list of documents, and a word on them.
+
+    data: None, a path, a Hub data set, several of these (a source each), or texts.
+    """
     if data is None:
-        return [SAMPLE.read_text()], "the public-domain sample that ships with rewriter"
+        return [[SAMPLE.read_text()]], "the public-domain sample that ships with rewriter"
     if isinstance(data, (str, Path)):
-        path = Path(data).expanduser()
-        if path.is_file():
-            return [_read(path)], str(path)
-        if path.is_dir():
-            files = sorted(p for p in path.rglob("*.txt"))
-            if not files:
-                raise RewriterError(f"{path} holds no .txt files", "give a folder of text files")
-            return [_read(p) for p in files], str(path)
-        if str(data).count("/") == 1 and not str(data).startswith((".", "/", "~")):
-            return _hub(str(data)), str(data)
-        raise RewriterError(f"there is no file or folder {data}", "give `data:` an existing path")
-    if all(isinstance(d, (str, Path)) and Path(d).expanduser().exists() for d in data):
-        found = [read_text(d)[0] for d in data]
-        return [t for texts in found for t in texts], ", ".join(str(d) for d in data)
-    return [str(d) for d in data], "texts given by the caller"
+        return [_source(data)], str(data)
+    if all(isinstance(d, Path) or _is_name(d) for d in data):
+        return [_source(d) for d in data], ", ".join(str(d) for d in data)
+    return [[str(d)] for d in data], "texts given by the caller"
+
+
+def _is_name(text: str) -> bool:
+    """A path or the name of a data set, not a text."""
+    return len(text) < 256 and (Path(text).expanduser().exists() or _is_hub_id(text))
+
+
+def _is_hub_id(text: str) -> bool:
+    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", text) is not None
+
+
+def _source(name: str | Path) -> list[str]:
+    path = Path(name).expanduser()
+    if path.is_file():
+        return [_read(path)]
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*.txt"))
+        if not files:
+            raise RewriterError(f"{path} holds no .txt files", "give a folder of text files")
+        return [_read(p) for p in files]
+    if _is_hub_id(str(name)):
+        return _hub(str(name))
+    raise RewriterError(f"there is no file or folder {name}", "give `data:` an existing path")
 
 
 def _read(path: Path) -> str:
@@ -208,24 +235,37 @@ def token_batches(
         rows = list(torch.randint(3, vocabulary, (sequences, length), generator=generator))
         source, note = "random tokens", "no tokenizer and no data: figures mean little"
     else:
-        texts, source = read_text(data)
+        sources, source = read_text(data)
         note = "" if data is not None else "no data was given"
-        rows = []
-        each = -(-sequences // len(texts))
-        for text in texts:
-            # Spread over the text: openings of famous books are memorised.
-            ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long)
-            room = max(1, min(each, len(ids) // length))
-            starts = torch.linspace(0, max(0, len(ids) - length), room).long()
-            rows += [ids[s : s + length] for s in starts.tolist()]
-            if len(rows) >= sequences:
-                break
-        rows = [r for r in rows[:sequences] if len(r) > 1]
+        parts = [_windows(tokenizer, s, -(-sequences // len(sources)), length) for s in sources]
+        turns = itertools.chain.from_iterable(itertools.zip_longest(*parts))
+        rows = [row for row in turns if row is not None and len(row) > 1][:sequences]
     if not rows:
         raise RewriterError(f"{source} is too short: not one sequence", "give more text")
     batches = [graph_inputs(graph, r[None]) for r in rows]
     tokens = sum(len(r) for r in rows)
     return batches, {"source": source, "tokens": tokens, "note": note}
+
+
+def _windows(tokenizer: Any, documents: list[str], count: int, length: int) -> list[Tensor]:
+    """`count` windows spread evenly over the documents, put one after another.
+
+    Spread: openings of famous books are memorised. Only the text around a window is tokenised.
+    """
+    text = "\n\n".join(documents)
+    room = length * 12  # characters that surely hold the tokens of a window
+    if len(text) <= room * count:
+        ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long)
+        count = max(1, min(count, len(ids) // length))
+        starts = torch.linspace(0, max(0, len(ids) - length), count).long().tolist()
+        return [ids[s : s + length] for s in starts]
+    rows = []
+    for start in torch.linspace(0, len(text) - room, count).long().tolist():
+        piece = text[start : start + room]
+        piece = piece[piece.find(" ") + 1 :]  # from a whole word on
+        ids = torch.tensor(tokenizer(piece, verbose=False)["input_ids"], dtype=torch.long)
+        rows.append(ids[:length])
+    return rows
 
 
 def graph_inputs(graph: Graph, ids: Tensor, mask: Tensor | None = None) -> list[Tensor]:

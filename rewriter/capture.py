@@ -16,9 +16,11 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from rewriter import attention_interface
+from rewriter.encoder_decoder import own_sizes
 from rewriter.errors import CaptureError, RewriterError
 from rewriter.examples import BATCH, example_inputs, generates
-from rewriter.graph import Graph, aten, place
+from rewriter.graph import ATTENTION, Graph, argument, aten, place, set_argument
+from rewriter.growing_cache import GROW, growing_cache
 from rewriter.lift import lift
 from rewriter.lift.matching import expression
 
@@ -81,10 +83,14 @@ def _sub_configs(model: PreTrainedModel) -> list[Any]:
 
 def _capture_transformers(model: PreTrainedModel) -> Graph:
     inputs = example_inputs(model)
-    batch, length = torch.export.Dim("batch"), torch.export.Dim("length")
-    total, target = torch.export.Dim("total"), torch.export.Dim("target")
-    stateful = generates(model) and "position_ids" in inputs
-    seen: dict[str, Any] = {}
+    paired = model.config.is_encoder_decoder and "decoder_attention_mask" in inputs
+    stateful = paired or (generates(model) and "position_ids" in inputs)
+    tokens, padding = (
+        ("decoder_input_ids", "decoder_attention_mask")
+        if paired
+        else ("input_ids", "attention_mask")
+    )
+    seen: dict[str, Any] = {"cache": paired}
 
     class Wrapper(nn.Module):  # flat tensor inputs, flat tensor outputs
         def __init__(self) -> None:
@@ -92,46 +98,47 @@ def _capture_transformers(model: PreTrainedModel) -> Graph:
             self.model = model
 
         def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
-            output = self.model(**dict(zip(inputs, values, strict=True)), return_dict=True)
+            given: dict[str, Any] = dict(zip(inputs, values, strict=True))
+            if seen["cache"]:
+                total, new = given[padding].shape[1], given[tokens].shape[1]
+                given["past_key_values"] = growing_cache(total, new, paired)
+            output = self.model(**given, return_dict=True)
             flat = {k: v for k, v in output.items() if isinstance(v, Tensor)}
             seen["keys"], seen["class"] = list(flat), type(output)
             return tuple(flat.values())
 
     def dynamic(name: str, value: Tensor) -> dict[int, Any]:
-        if name == "pixel_values":
-            return {0: batch if "input_ids" not in inputs else torch.export.Dim.AUTO}
-        if name == "input_features":
-            return {0: batch}
-        if name == "decoder_input_ids":
-            return {0: batch, 1: target}
-        if name == "attention_mask" and stateful:
-            return {0: batch, 1: total}
-        return {0: batch, 1: length}
+        rank = 1 if name in ("pixel_values", "input_features") else 2
+        return dict.fromkeys(range(rank), torch.export.Dim.AUTO)
 
-    auto = {k: {d: torch.export.Dim.AUTO for d in dynamic(k, v)} for k, v in inputs.items()}
+    auto = {name: dynamic(name, value) for name, value in inputs.items()}
     with torch.no_grad(), attention_interface.session() as session, _quiet(model):
         wrapper = Wrapper().eval()
+
+        def attempt(longer: bool, cache: bool) -> Any:
+            """Export with the mask's length a symbol of its own, or tied to the tokens'."""
+            seen["cache"], shapes = cache, dict(inputs)
+            if longer:
+                extra = torch.ones(BATCH, 5, dtype=torch.long, device=model.device)
+                shapes[padding] = torch.cat([inputs[padding], extra], 1)
+            session.start_export()
+            return _export(wrapper, shapes, auto)
+
         if any(p.is_meta for p in model.parameters()):
             with torch.device("meta"):
                 wrapper(*inputs.values())
         else:
             wrapper(*inputs.values())
-        session.start_export()
-        shapes = dict(inputs)
-        if stateful:  # the mask's length must be a symbol of its own
-            extra = torch.ones(BATCH, 5, dtype=torch.long, device=model.device)
-            shapes["attention_mask"] = torch.cat([inputs["attention_mask"], extra], 1)
         try:
-            program = _export(wrapper, shapes, auto)
+            program = attempt(longer=stateful, cache=paired)
         except RewriterError:
             raise
         except Exception as first:
             if not stateful:
                 raise _explain(model, first) from first
             # Some models tie the mask's length to the tokens' (falcon, bloom): no state then.
-            session.start_export()
             try:
-                program = _export(wrapper, inputs, auto)
+                program = attempt(longer=False, cache=False)
             except Exception as error:
                 raise _explain(model, error) from error
     graph = _canonical(program, prefix="model.")
@@ -145,10 +152,25 @@ def _capture_transformers(model: PreTrainedModel) -> Graph:
         node.target = name
         node._rename(name)
     _guard_sizes(graph, {k: list(dims) for k, dims in auto.items()})
+    _ungrow(graph, padding)
+    own_sizes(graph)
+    graph.module.graph.eliminate_dead_code()
     graph.recompile()
-    if stateful:
+    if stateful and not paired:
         graph.default_positions = _default_positions(model)
     return graph
+
+
+def _ungrow(graph: Graph, padding: str) -> None:
+    """Keys and values without the past that `growing_cache` pretended; sizes from the mask."""
+    mask = graph.placeholder(padding)
+    for node in graph.nodes:
+        if node.target is not GROW:
+            continue
+        for user in list(node.users):
+            if user.target is aten.sym_size.int and user.args[1] in (2, -2):
+                user.args = (mask, 1)
+        node.replace_all_uses_with(node.all_input_nodes[0])
 
 
 def _guard_sizes(graph: Graph, dynamic: dict[str, list[int]]) -> None:
@@ -249,6 +271,9 @@ def _canonical(program: Any, prefix: str) -> Graph:
     for node in module.graph.nodes:  # a stack trace a node is most of its size
         node.meta = {k: v for k, v in node.meta.items() if k in ("val", "path")}
     misses = lift(module)
+    for node in module.graph.nodes:
+        if node.target is ATTENTION and _is_zeros(argument(node, "bias")):
+            set_argument(node, "bias", None)
     module.graph.eliminate_dead_code()
     module.graph.lint()
     module.recompile()
@@ -285,6 +310,10 @@ def _strip(graph: torch.fx.Graph, node: Node) -> None:
     if isinstance(same, Node):
         node.replace_all_uses_with(same)
         graph.erase_node(node)
+
+
+def _is_zeros(value: Any) -> bool:
+    return isinstance(value, Node) and value.target is aten.zeros.default
 
 
 def _flatten_output(module: GraphModule) -> None:

@@ -17,9 +17,12 @@ class RewriterConfig(PretrainedConfig):
     ) -> None:
         self.original = original or {}
         self.recovery = recovery
-        for key in ("vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings"):
+        sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings")
+        for key in (*sizes, "max_source_positions", "max_target_positions"):  # the last: Whisper
             if key in self.original:
                 kwargs.setdefault(key, self.original[key])
+        if self.original.get("is_encoder_decoder"):
+            kwargs.setdefault("is_encoder_decoder", True)
         for key in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"):
             if self.original.get(key) is not None:
                 kwargs.setdefault(key, self.original[key])

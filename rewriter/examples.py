@@ -47,6 +47,8 @@ def example_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
         shape = (BATCH, channels, height, width)
         inputs["pixel_values"] = torch.randn(shape, generator=generator).to(device)
     if "input_features" in names:  # audio: [B, mel bins, frames], two frames a position
+        if not hasattr(config, "num_mel_bins"):
+            raise CaptureError(f"{type(model).__name__} takes audio of an unknown layout")
         frames = 2 * config.max_source_positions
         audio = (BATCH, config.num_mel_bins, frames)
         inputs["input_features"] = torch.randn(audio, generator=generator).to(device)
@@ -57,6 +59,12 @@ def example_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
         inputs["attention_mask"] = mask
     if "decoder_input_ids" in names:
         inputs["decoder_input_ids"] = tokens(LENGTH - 3)
+    if "decoder_attention_mask" in names and "decoder_input_ids" in inputs:
+        mask = torch.ones_like(inputs["decoder_input_ids"])
+        mask[0, :2] = 0
+        inputs["decoder_attention_mask"] = mask
+        if "decoder_position_ids" in names:
+            inputs["decoder_position_ids"] = (mask.cumsum(-1) - 1).clamp_min(0)
     token = image_token(model)
     if token is not None and "pixel_values" in inputs:
         _place_images(model, inputs, token)

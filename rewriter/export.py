@@ -14,11 +14,17 @@ from rewriter.plugins import discover
 Backend = Callable[..., dict[str, Any]]
 
 BACKENDS: dict[str, Backend] = {}
+#: Backends that make a model in memory: (model, **options) -> model.
+CONVERTERS: dict[str, Callable[..., Any]] = {}
 
 
-def register_backend(name: str, function: Backend) -> None:
-    """Make `function` answer to `export(..., to=name)`."""
+def register_backend(
+    name: str, function: Backend, convert: Callable[..., Any] | None = None
+) -> None:
+    """Make `function` answer to `export(..., to=name)`, `convert` to `convert(..., to=name)`."""
     BACKENDS[name] = function
+    if convert is not None:
+        CONVERTERS[name] = convert
 
 
 def backends() -> dict[str, Backend]:
@@ -51,3 +57,12 @@ def export(model: Any, folder: str | Path, to: str = "onnx", **options: Any) -> 
     if isinstance(model, (str, Path)):
         model = importlib.import_module("rewriter.model").load(model)
     return known[to](model, Path(folder), **options)
+
+
+def convert(model: Any, to: str, **options: Any) -> Any:
+    """`model` for another runtime, in memory. Raises RewriterError: no such backend."""
+    backends()
+    if to not in CONVERTERS:
+        known = ", ".join(sorted(CONVERTERS))
+        raise RewriterError(f"'{to}' makes no model in memory", f"use one of: {known}")
+    return CONVERTERS[to](model, **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 from collections.abc import Iterator
@@ -12,15 +13,17 @@ from rewriter.errors import RewriterError
 
 
 @contextmanager
-def whole_folder(target: str | Path) -> Iterator[Path]:
+def whole_folder(target: str | Path, replace: bool = False) -> Iterator[Path]:
     """An empty folder to write in, which becomes `target` at the end, or nothing on failure.
 
-    It lies beside the target as `.NAME.PID.part`; what a killed run left there is removed.
+    It lies beside the target as `.NAME.PID.part`; what a killed run left there is removed. With
+    `replace` a folder that is there already is exchanged for the new one in one step.
 
     Raises RewriterError: the target holds something already, or cannot be made.
     """
     target = Path(target).absolute()
-    if target.is_symlink() or target.exists() and not (target.is_dir() and _empty(target)):
+    taken = target.exists() and not (target.is_dir() and (replace or _empty(target)))
+    if target.is_symlink() or taken:
         raise RewriterError(f"{target} exists already", "give a new folder")
     made = [p for p in target.parents if not p.exists()]
     aside = target.parent / f".{target.name}.{os.getpid()}.part"
@@ -36,6 +39,10 @@ def whole_folder(target: str | Path) -> Iterator[Path]:
     try:
         yield aside
         _open_to_umask(aside)
+        if target.exists() and not _empty(target):
+            _exchange(aside, target)
+            shutil.rmtree(aside, ignore_errors=True)
+            return
         if target.exists():
             target.rmdir()
         aside.rename(target)
@@ -43,6 +50,19 @@ def whole_folder(target: str | Path) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
         _remove(made)
         raise
+
+
+def _exchange(left: Path, right: Path) -> None:
+    """Swap two folders; in one step where the system can (Linux), else in three."""
+    library = ctypes.CDLL(None, use_errno=True)
+    if hasattr(library, "renameat2"):
+        here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+        if library.renameat2(here, os.fsencode(left), here, os.fsencode(right), swap) == 0:
+            return
+    between = right.with_name(f".{right.name}.{os.getpid()}.old")
+    right.rename(between)
+    left.rename(right)
+    between.rename(left)
 
 
 def _empty(folder: Path) -> bool:

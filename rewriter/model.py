@@ -15,6 +15,8 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSpeechSeq2Seq,
     GenerationConfig,
     GenerationMixin,
     PreTrainedModel,
@@ -64,6 +66,11 @@ class RewrittenModel(PreTrainedModel, GenerationMixin):
         graph = self.__dict__.get("graph")  # asked for by the base class before it is set
         return graph is None or "position_ids" in graph.inputs
 
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        """`generate` makes no cache: forward makes a `State`."""
+        return False
+
     def get_input_embeddings(self) -> nn.Module | None:  # type: ignore[override]
         return None
 
@@ -90,7 +97,11 @@ class RewrittenModel(PreTrainedModel, GenerationMixin):
             position_ids: [B, L]; without it, what the original does.
             past_key_values: the `State` of an earlier call.
             labels: [B, L] for a language model; -100 is ignored. Adds `loss`.
+
+        Raises RewriterError for an input that the graph has not (`output_attentions`, say).
         """
+        items = inputs.pop("num_items_in_batch", None)
+        self._refuse(inputs)
         state = past_key_values if isinstance(past_key_values, State) else None
         if state is None and self.stateful and use_cache and not self.training:
             state = State(self.graph.states)
@@ -107,10 +118,17 @@ class RewrittenModel(PreTrainedModel, GenerationMixin):
             return model_output(self.graph.output_class, outputs)
         loss = None
         if labels is not None:
-            logits = outputs["logits"][:, :-1]
-            loss = cross_entropy(logits.flatten(0, 1).float(), labels[:, 1:].flatten())
+            loss = mean_loss(outputs["logits"][:, :-1], labels[:, 1:], items)
         result = CausalLMOutputWithPast(loss=loss, logits=outputs["logits"], past_key_values=state)
         return result if return_dict in (None, True) else result.to_tuple()
+
+    def _refuse(self, inputs: dict[str, Any]) -> None:
+        harmless = {*self.graph.inputs, "cache_position"}
+        for name, value in inputs.items():
+            if name not in harmless and value is not None and value is not False:
+                raise RewriterError(
+                    f"{name} is no input of the rewritten model", f"its inputs: {self.graph.inputs}"
+                )
 
     def _input(self, name: str, given: dict[str, Any], past: int) -> Tensor:
         value = given.get(name)
@@ -156,6 +174,12 @@ class RewrittenModel(PreTrainedModel, GenerationMixin):
             "use_cache": use_cache,
         }
 
+    def to_triton(self, **options: Any) -> Any:
+        """This model on Triton kernels, in memory; see `rewriter.backends.triton.to_triton`."""
+        from rewriter.export import convert
+
+        return convert(self, "triton", **options)
+
     # ---- saving --------------------------------------------------------------------------
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
@@ -171,8 +195,9 @@ class RewrittenModel(PreTrainedModel, GenerationMixin):
             self.generation_config.save_pretrained(folder)
         tensors = {n: t.detach().contiguous() for n, t in self.graph.parameters()}
         save_file(tensors, str(folder / WEIGHTS), metadata={"format": "pt"})
-        trainable = [n for n, t in self.graph.parameters() if isinstance(t, nn.Parameter)]
-        data = serialize.dump(self.graph) | {"parameters": trainable}
+        trained = {n: t for n, t in self.graph.parameters() if isinstance(t, nn.Parameter)}
+        frozen = [n for n, t in trained.items() if not t.requires_grad]
+        data = serialize.dump(self.graph) | {"parameters": list(trained), "frozen": frozen}
         (folder / "graph.json").write_text(json.dumps(data))
         if self.plan is not None:
             (folder / "plan.yaml").write_text(self.plan.to_yaml())
@@ -194,6 +219,17 @@ class RewrittenModel(PreTrainedModel, GenerationMixin):
             dtype=kwargs.get("dtype") or kwargs.get("torch_dtype"),
             device=kwargs.get("device_map"),
         )
+
+
+def mean_loss(logits: Tensor, labels: Tensor, items: Any = None) -> Tensor:
+    """Cross entropy of logits [B, L, V] and labels [B, L], a mean over those that are not -100.
+
+    items: divide by this number instead (the tokens of all accumulated batches).
+    """
+    how = "mean" if items is None else "sum"
+    labels = labels.to(logits.device).flatten()
+    loss = cross_entropy(logits.flatten(0, 1).float(), labels, reduction=how)
+    return loss if items is None else loss / items
 
 
 def load(folder: str | Path, dtype: Any = None, device: Any = None) -> RewrittenModel:
@@ -229,9 +265,11 @@ def load(folder: str | Path, dtype: Any = None, device: Any = None) -> Rewritten
         tensors = {k: t.to(dtype) if t.is_floating_point() else t for k, t in tensors.items()}
     for name in data["parameters"]:
         if name in tensors:
-            tensors[name] = nn.Parameter(tensors[name])
+            tensors[name] = nn.Parameter(tensors[name], name not in data["frozen"])
     graph = serialize.load(data, tensors)
-    model = RewrittenModel(config, graph).eval()
+    from rewriter.seq2seq import build
+
+    model = build(config, graph).eval()
     for name in ("lock", "report"):
         if (folder / f"{name}.json").exists():
             setattr(model, name, json.loads((folder / f"{name}.json").read_text()))
@@ -264,6 +302,12 @@ def companions(folder: str | Path | None) -> list[Path]:
     return [p for p in sorted(Path(folder).iterdir()) if p.is_file() and p.name.startswith(wanted)]
 
 
-for _auto in (AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM):
+for _auto in (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSpeechSeq2Seq,
+):
     _auto.register(RewriterConfig, RewrittenModel)
-__all__ = ["RewriterConfig", "RewrittenModel", "companions", "load"]
+__all__ = ["RewriterConfig", "RewrittenModel", "companions", "load", "mean_loss"]

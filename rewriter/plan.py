@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from rewriter.errors import PlanError
 from rewriter.protocol import Pass, PassConfig, passes
+from rewriter.recover.stages import Stage
 from rewriter.selection import select
 
 __all__ = ["GateOptions", "Plan", "Step", "select"]
@@ -42,6 +43,17 @@ class GateOptions(_Strict):
     sequences: int = Field(default=4, ge=1)
     length: int = Field(default=512, ge=2)
     max_kl: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+
+
+class CalibrationOptions(_Strict):
+    """How much text passes measure on: `sequences` of `length` tokens, spread over the data.
+
+    gradient_tokens: how many of them a pass that weighs by the loss gradient uses.
+    """
+
+    sequences: int = Field(default=32, ge=1)
+    length: int = Field(default=512, ge=2)
+    gradient_tokens: int = Field(default=4096, ge=1)
 
 
 class Step(_Strict):
@@ -80,18 +92,21 @@ class Step(_Strict):
 
 
 class Plan(_Strict):
-    """An ordered list of steps, the data to measure on, the seed and the gate's options.
+    """An ordered list of steps, the data to measure on and how much of it, seed, gate, recovery.
 
     `Plan(steps=[{"pass": "sliding_window", "window": 256}])`, or the same in YAML. data: a
-    file, a folder, several of them, or the name of a data set on the hub.
+    file, a folder, several of them, or the name of a data set on the hub. recover: the stages
+    that `rewriter recover` runs afterwards.
     Raises PlanError, with the cause and the fix, for anything that is not valid.
     """
 
     version: Literal[1] = 1
     steps: list[Step] = Field(default_factory=list)
     data: str | list[str] | None = None
+    calibration: CalibrationOptions = CalibrationOptions()
     seed: int = Field(default=0, ge=0, lt=2**63)
     gate: GateOptions = GateOptions()
+    recover: list[Stage] = Field(default_factory=list)
 
     @model_validator(mode="before")
     @classmethod
@@ -131,7 +146,13 @@ class Plan(_Strict):
         """The plan as YAML; `from_yaml` reads it back to an equal plan."""
         data = self.model_dump(mode="json", exclude={"steps"}, exclude_none=True)
         data["steps"] = [{"pass": step.name, **step.options} for step in self.steps]
-        order = ("version", "steps", "data", "seed", "gate")
+        if self.recover:
+            stages = [stage.model_dump(mode="json", exclude_unset=True) for stage in self.recover]
+            named = zip(self.recover, stages, strict=True)
+            data["recover"] = [{"stage": known.stage, **stage} for known, stage in named]
+        else:
+            data.pop("recover", None)
+        order = ("version", "steps", "data", "calibration", "seed", "gate", "recover")
         data = {key: data[key] for key in order if key in data}
         return yaml.dump(data, Dumper=_PlanDumper, sort_keys=False, allow_unicode=True, width=100)
 

@@ -118,6 +118,8 @@ class Pass(ABC):
     contract: ClassVar[Contract]
     Config: ClassVar[type[PassConfig]] = PassConfig
     needs_calibration: ClassVar[bool] = False
+    #: By stage of recovery: rates of `new`, `copied` and `gate` tensors that differ from usual.
+    learning_rates: ClassVar[dict[str, dict[str, float]]] = {}
 
     def __init__(self, config: PassConfig | None = None, **options: Any) -> None:
         self.config: Any = config if config is not None else self.Config(**options)

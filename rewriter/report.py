@@ -30,8 +30,8 @@ def write_report(report: dict[str, Any], folder: Path) -> None:
     "whole": {"kl" (nats per token), "top1" (share of equal top tokens), "perplexity_before",
     "perplexity_after"}, "parameters": {"before", "after"},
     "state": {"before": part, "after": part, "pays_from": tokens or None} (`state_size`),
-    "seconds": {name: seconds}, "warnings": [str]}. "model", "plan" and "status" are required;
-    a missing or None section is left out of the page. In report.json numbers that are not
+    "seconds": {name: seconds}, "warnings": [str], "recovery": what `recover` made}. "model",
+    "plan" and "status" are required; a missing or None section is left out of the page. In report.json numbers that are not
     finite are the strings "nan", "inf" and "-inf", which JSON has no number for.
 
     Raises OSError when the folder cannot be written.
@@ -70,6 +70,10 @@ def render(report: dict[str, Any]) -> str:
 def figures(report: dict[str, Any]) -> list[tuple[str, str, Any]]:
     """(title, sentence, matplotlib figure) for every section that the report has."""
     made: list[tuple[str, str, Any]] = []
+    if recovery := report.get("recovery"):
+        from rewriter.recover.report import figures as of_recovery
+
+        made += of_recovery(recovery)
     if sites := [site for site in worst_first(report) if site["error"] is not None]:
         few = f"The worst {pictures.MAX_BARS} of {len(sites)} sites."
         text = few if len(sites) > pictures.MAX_BARS else f"{len(sites)} sites, worst first."
@@ -102,6 +106,10 @@ def tiles(report: dict[str, Any]) -> list[tuple[str, str]]:
         value = "never" if crossing is None else f"{crossing:,} tokens"
         made.append(("state is smaller from", value))
     made.append(("sites rewritten", str(len(report.get("sites") or []))))
+    if recovery := report.get("recovery"):
+        from rewriter.recover.report import tiles as of_recovery
+
+        made += of_recovery(recovery)
     return made
 
 

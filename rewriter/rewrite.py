@@ -17,7 +17,7 @@ from torch.fx import GraphModule
 from transformers import AutoTokenizer, PreTrainedModel
 
 from rewriter import gate
-from rewriter.calibration import Activations, copy_module, graph_inputs, token_batches
+from rewriter.calibration import Activations, copy_module, graph_inputs, spread, token_batches
 from rewriter.capture import capture, example_inputs
 from rewriter.errors import CaptureError, GateError, PlanError, VerifyError
 from rewriter.graph import Graph
@@ -27,11 +27,9 @@ from rewriter.model import RewriterConfig, RewrittenModel, companions
 from rewriter.plan import Plan
 from rewriter.protocol import Contract, Made, Pass, Site
 from rewriter.selection import select
-from rewriter.state import thread_state
+from rewriter.seq2seq import build
+from rewriter.state import carries, thread_state
 from rewriter.state_size import pays_from, state_size
-
-#: A run is told to calibrate on this many tokens: 32 sequences of 512.
-CALIBRATION = (32, 512)
 
 
 def rewrite(
@@ -91,7 +89,7 @@ def rewrite(
     report |= _check(graph, reference, run, plan, text)
     seconds["gate"], clock = time.perf_counter() - clock, time.perf_counter()
     state_after = state_size(graph)
-    if _threads(graph):
+    if carries(graph):
         thread_state(graph)
     seconds["state"] = time.perf_counter() - clock
     report["parameters"] = {"before": before, "after": _count(graph)}
@@ -102,11 +100,11 @@ def rewrite(
     }
     report["seconds"] = seconds
     config = RewriterConfig(original=original.config.to_dict(), recovery=report["status"])
-    made = RewrittenModel(config, graph).eval()
+    made = build(config, graph).eval()
     if original.can_generate():
         made.generation_config = copy.deepcopy(original.generation_config)
     made.plan, made.report = plan, report
-    made.lock = _lock(source, plan, graph, sites, about)
+    made.lock = _lock(source, plan, graph, reference, sites, about)
     made.companions = companions(source)
     return made
 
@@ -148,12 +146,11 @@ def _batches(
         return [[example[n] for n in graph.inputs]], {"source": note, "tokens": 0, "note": note}
     if not plan.steps and data is None:
         return [], {"source": "none", "tokens": 0, "note": ""}
-    sequences, length = CALIBRATION
-    limit = getattr(graph.config.get_text_config(), "max_position_embeddings", None) or length
-    sequences = max(sequences, plan.gate.sequences)
-    return token_batches(
-        graph, tokenizer, data, sequences, min(length, plan.gate.length, limit), plan.seed
-    )
+    asked = plan.calibration
+    limit = getattr(graph.config.get_text_config(), "max_position_embeddings", None)
+    length = min(asked.length, limit or asked.length)
+    sequences = max(asked.sequences, plan.gate.sequences)
+    return token_batches(graph, tokenizer, data, sequences, length, plan.seed)
 
 
 @dataclass
@@ -171,7 +168,8 @@ def _run_steps(
 ) -> _Steps:
     """Run the plan's steps in order, with the verifier and the gate after each."""
     run = _Steps()
-    run.batches = batches[:: max(1, len(batches) // plan.gate.sequences)][: plan.gate.sequences]
+    chosen = spread(batches, plan.gate.sequences)
+    run.batches = [[t[:, : plan.gate.length] for t in b] for b in chosen] if text else chosen
     checked, masks = list(run.batches), [torch.ones(b[0].shape[:2]) for b in run.batches]
     if text and run.batches and "attention_mask" in graph.inputs:
         padded, mask = _padded(graph, run.batches)
@@ -184,7 +182,8 @@ def _run_steps(
         found = list(made_by.sites(graph))
         chosen, near = select(found, made_by.config, layers, made_by.name)
         run.misses += [{"pass": step.name, "site": m.name, "reason": m.reason} for m in near]
-        calibration = Activations(reference, graph, batches) if batches else None
+        gradients = plan.calibration.gradient_tokens
+        calibration = Activations(reference, graph, batches, gradients) if batches else None
         made_by.prepare(graph, chosen, calibration if made_by.needs_calibration else None)
         earlier, dropped = list(run.sites), set(graph.dropped)
         while True:
@@ -339,32 +338,45 @@ def _status(sites: list[gate.Rewritten]) -> str:
     return "approximate" if Contract.APPROXIMATE in contracts else "exact"
 
 
-def _threads(graph: Graph) -> bool:
-    """A decoder whose mask has its own length can carry state."""
-    return "position_ids" in graph.inputs and "attention_mask" in graph.inputs
-
-
 def _count(graph: Graph) -> int:
     return sum(t.numel() for _, t in graph.parameters() if t.is_floating_point())
 
 
 def _lock(
-    source: str, plan: Plan, graph: Graph, sites: list[gate.Rewritten], about: dict[str, Any]
+    source: str,
+    plan: Plan,
+    graph: Graph,
+    reference: GraphModule,
+    sites: list[gate.Rewritten],
+    about: dict[str, Any],
 ) -> dict[str, Any]:
     import transformers
 
+    tensors = {name: tensor_hash(t) for name, t in graph.parameters()}
+    # Recovery takes from the new weights what did not change, and reads the rest.
+    before = {
+        name: tensors[name] if name in tensors and t is graph.tensor(name) else tensor_hash(t)
+        for name, t in Graph(reference).parameters()
+    }
     return {
         "version": 1,
-        "original": {"source": source, "class": graph.model_class},
+        "original": {"source": source, "class": graph.model_class, "tensors": before},
         "plan": plan.to_yaml(),
         "data": about,
         "seed": plan.seed,
         "sites": [
-            {"pass": s.step.name, "site": s.site.name, "error": s.error, "facts": s.facts}
+            {
+                "pass": s.step.name,
+                "site": s.site.name,
+                "output": s.output.name,  # names of the value in this graph and the original's
+                "original": s.original,
+                "error": s.error,
+                "facts": s.facts,
+            }
             for s in sites
         ],
         "dropped": sorted(graph.dropped),
-        "tensors": {name: _hash(t) for name, t in graph.parameters()},
+        "tensors": tensors,
         "versions": {
             "rewriter": version("rewriter"),
             "torch": torch.__version__,
@@ -375,9 +387,10 @@ def _lock(
     }
 
 
-def _hash(tensor: Tensor) -> str:
+def tensor_hash(tensor: Tensor) -> str:
+    """SHA-256 of a tensor's bytes."""
     data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     return hashlib.sha256(data.numpy().tobytes()).hexdigest()
 
 
-__all__ = ["rewrite", "verify"]
+__all__ = ["rewrite", "tensor_hash", "verify"]

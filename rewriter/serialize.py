@@ -107,16 +107,18 @@ def load(data: dict[str, Any], tensors: dict[str, nn.Parameter | torch.Tensor]) 
     for entry in data["nodes"]:
         kind, target = entry["op"], entry["target"]
         if kind == "placeholder":
-            default = {"default_value": None} if target.startswith("state_") else {}
-            node = fx.placeholder(target, **default)
+            default = (None,) if target.startswith("state_") else ()
+            node = fx.create_node("placeholder", target, default, name=entry["name"])
         elif kind == "get_attr":
             if target not in tensors:
                 raise RewriterError(f"the weights lack {target}", "the folder is incomplete")
             place(root, target, tensors[target])
-            node = fx.create_node("get_attr", target)
+            node = fx.create_node("get_attr", target, name=entry["name"])
         elif kind == "call_function":
             args, kwargs = _decode(entry["args"], made), _decode(entry.get("kwargs", {}), made)
-            node = fx.call_function(_target(target), tuple(args), kwargs)
+            node = fx.create_node(
+                "call_function", _target(target), tuple(args), kwargs, entry["name"]
+            )
         elif kind == "output":
             node = fx.output(tuple(_decode(entry["args"], made)[0]))
         else:

@@ -9,6 +9,7 @@ everything.
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -17,8 +18,9 @@ from torch.fx import Node
 from torch.fx.node import has_side_effect
 from transformers import Cache
 
-from rewriter.graph import ATTENTION, Graph, argument, set_argument
+from rewriter.graph import ATTENTION, Graph, argument, aten, set_argument
 from rewriter.kernels.mixer import MIXERS, StateTensor
+from rewriter.lift.matching import expression
 
 
 class KeyValue:
@@ -191,14 +193,59 @@ FUNCTIONS = {f.__name__: f for f in (update_kv, update_ring, read, write)}
 # ---- the pass -------------------------------------------------------------------------------
 
 
-def thread_state(graph: Graph) -> Graph:
-    """Give every causal mixer of the graph a state input, in order of execution."""
-    owners: dict[str, Node] = {}
+def dependents(graph: Graph, sources: Iterable[Node], sizes: bool = True) -> set[Node]:
+    """The sources and all nodes computed from them; `sizes=False`: not from their shape alone."""
+    found = set(sources)
     for node in graph.nodes:
+        if node.target is aten.sym_size.int and not sizes:
+            continue
+        if any(n in found for n in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def token_input(graph: Graph) -> str:
+    """Name of the input that generation appends to."""
+    return "decoder_input_ids" if "decoder_input_ids" in graph.inputs else "input_ids"
+
+
+def carries(graph: Graph) -> bool:
+    """Whether a captured graph is a decoder that can take a past: its mask has its own length."""
+    if not {"position_ids", "decoder_input_ids"} & set(graph.inputs):
+        return False
+    tokens = graph.placeholder(token_input(graph))
+    mask = graph.placeholder(token_input(graph).replace("input_ids", "attention_mask"))
+    if tokens is None or mask is None:
+        return False
+    new, total = (expression(n.meta["val"].shape[1]) for n in (tokens, mask))
+    return new != total
+
+
+def carriers(graph: Graph) -> list[Node]:
+    """Mixers that carry something from token to token, in order of execution.
+
+    Not those of an encoder or of an image, nor cross attention: their keys see no token.
+    """
+    tokens = graph.placeholder(token_input(graph))
+    if tokens is None:
+        return []
+    seen = dependents(graph, [tokens], sizes=False)
+    return [
+        n
+        for n in graph.nodes
+        if (n.target is ATTENTION and argument(n, "key") in seen)
+        or (n.target is not ATTENTION and n in seen and n.target in MIXERS)
+    ]
+
+
+def thread_state(graph: Graph) -> Graph:
+    """Give every mixer that carries state a state input, in order of execution."""
+    owners: dict[str, Node] = {}
+    for node in carriers(graph):
         if node.target is ATTENTION:
             state = _placeholder(graph, attention_spec(node))
             _thread_attention(graph, node, state)
-        elif (spec := MIXERS.get(node.target)) is not None and spec.state:
+        elif (spec := MIXERS[node.target]).state:
             path = node.meta.get("path", "")
             if path not in owners:  # the convolution and the recurrence of a layer share one
                 owners[path] = _placeholder(graph, {"kind": "recurrent"})
@@ -258,11 +305,17 @@ def _thread_attention(graph: Graph, node: Node, state: Node) -> None:
 
 
 class State(Cache):
-    """All mixers' states of one batch, as the cache that `generate` carries along."""
+    """All mixers' states of one batch, as the cache that `generate` carries along.
+
+    mixers: one state for every specification. memory: of an encoder-decoder, what the decoder
+    reads of the encoded input (cross-attention keys and values, its mask), computed once for a
+    sequence; None before the first call. seen: tokens so far, padding included.
+    """
 
     def __init__(self, specs: list[dict[str, Any]]) -> None:
         super().__init__(layers=[])
         self.mixers = [make_state(s) for s in specs]
+        self.memory: list[Any] | None = None  # tensors, batch first, and sizes
         self.seen = 0
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -277,7 +330,13 @@ class State(Cache):
                     mixer.values[name] = chosen
                 else:
                     setattr(mixer, name, chosen)
+        self.memory = self.memory and [
+            t.index_select(0, beam_idx.to(t.device)) if isinstance(t, Tensor) else t
+            for t in self.memory
+        ]
 
     def bytes(self) -> int:
         """Bytes resident in the states' tensors."""
-        return sum(t.numel() * t.element_size() for m in self.mixers for t in m.tensors().values())
+        kept = [t for m in self.mixers for t in m.tensors().values()]
+        kept += [t for t in self.memory or () if isinstance(t, Tensor)]
+        return sum(t.numel() * t.element_size() for t in kept)

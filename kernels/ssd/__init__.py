@@ -31,7 +31,8 @@ def ssd(
         C: [B, T, G, N], read from the state.
         D: [H], a skip from x to y, or None.
         state: [B, H, P, N], the state before the first token; None means zeros.
-        mask: [B, T] bool or int. Where it is 0 dt becomes 0: the state passes unchanged.
+        mask: [B, T] bool or int. Where it is 0 the state passes unchanged, y is 0, and whatever
+            the token holds (NaN too) touches nothing.
 
     Returns:
         y: [B, T, H, P] in the dtype of x.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rewriter.kernels.autograd import register_recompute
+from rewriter.kernels.autograd import register_recompute, register_triton
 from rewriter.kernels.mixer import MixerSpec, StateTensor, register_mixer
 from rewriter.kernels.ssd import cpu
 
@@ -29,8 +29,7 @@ def ssd(
     """Arguments and results are those of `rewriter.kernels.ssd.ssd`."""
     _check(x, dt, A, B, C, D, state, mask)
     y, final_state = cpu.ssd(x, dt, A, B, C, D, state, mask)
-    form = torch.contiguous_format
-    return y.clone(memory_format=form), final_state.clone(memory_format=form)
+    return y.contiguous(), final_state.contiguous()
 
 
 @ssd.register_fake
@@ -80,4 +79,5 @@ def _check(
 
 
 register_recompute(ssd, cpu.ssd)
+register_triton(ssd)
 register_mixer(ssd, MixerSpec("head_scalar", (StateTensor("ssm", "state", 1),)))

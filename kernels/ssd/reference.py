@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rewriter.kernels.linear_attention.reference import inert
+
 
 def ssd(
     x: Tensor,
@@ -18,9 +20,8 @@ def ssd(
 ) -> tuple[Tensor, Tensor]:
     """One token after another, in the inputs' own precision; see `rewriter.kernels.ssd.ssd`."""
     batch, length, heads, width = x.shape
-    B, C = (t.repeat_interleave(heads // B.shape[2], dim=2) for t in (B, C))
-    if mask is not None:
-        dt = dt.masked_fill(~mask.bool()[..., None], 0)
+    x, dt, B, C = inert(mask, x, dt, B, C)
+    B, C = (t.repeat_interleave(heads // t.shape[2], dim=2) for t in (B, C))
     S = x.new_zeros(batch, heads, width, B.shape[-1]) if state is None else state
     outputs = []
     for t in range(length):

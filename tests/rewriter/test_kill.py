@@ -28,7 +28,7 @@ def test_killed_apply_leaves_nothing(tiny_llama, tmp_path: Path):
     subprocess.run([*command[:-1], str(tmp_path / "first")], check=True, capture_output=True)
     duration = time.perf_counter() - start
     moments = random.Random(0)
-    for _ in range(6):
+    for _ in range(20):
         running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         time.sleep(duration * moments.uniform(0.5, 1.0))
         running.kill()

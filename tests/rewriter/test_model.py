@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -107,6 +110,45 @@ def test_save_and_load_are_bit_equal(rewritten, tmp_path: Path):
     names = {p.name for p in folder.iterdir()}
     assert {"config.json", "graph.json", "lock.json", "plan.yaml", "report.html"} <= names
     assert again.plan == rewritten.plan
+
+
+IN_A_NEW_PROCESS = """
+import hashlib, sys, torch, rewriter
+model = rewriter.load(sys.argv[1])
+ids = torch.tensor([[int(i) for i in sys.argv[2].split(",")]])
+with torch.no_grad():
+    print(hashlib.sha256(model(input_ids=ids).logits.numpy().tobytes()).hexdigest())
+"""
+HYBRID = {
+    "steps": [
+        {"pass": "mamba2", "layers": [1]},
+        {"pass": "sliding_window", "layers": [0, 2], "window": 8, "sinks": 2},
+    ]
+}
+
+
+def same_in_a_new_process(model, folder: Path, ids: torch.Tensor) -> bool:
+    """Save, load in another process, and compare the bytes of the logits [1, L, V]."""
+    model.save_pretrained(folder)
+    numbers = ",".join(map(str, ids[0].tolist()))
+    command = [sys.executable, "-c", IN_A_NEW_PROCESS, str(folder), numbers]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+    with torch.no_grad():
+        truth = model(input_ids=ids).logits
+    return printed[-1] == hashlib.sha256(truth.numpy().tobytes()).hexdigest()
+
+
+def test_logits_are_bit_equal_in_a_new_process(tiny_llama, tmp_path: Path):
+    model = rewriter.rewrite(tiny_llama, HYBRID)
+    assert same_in_a_new_process(model, tmp_path / "out", batch(3, 40)["input_ids"][:1])
+
+
+@pytest.mark.slow
+def test_smollm2_is_bit_equal_in_a_new_process(smollm2, tmp_path: Path):
+    short = {"sequences": 2, "length": 128}
+    model = rewriter.rewrite(smollm2, HYBRID | {"calibration": short, "gate": short})
+    ids = torch.randint(3, 49_000, (1, 64), generator=torch.Generator().manual_seed(1))
+    assert same_in_a_new_process(model, tmp_path / "out", ids)
 
 
 def test_replay_gives_the_same_tensors(rewritten, tiny_llama):

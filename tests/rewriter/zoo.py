@@ -74,6 +74,19 @@ def _t5() -> PreTrainedModel:
     )
 
 
+def _bart() -> PreTrainedModel:
+    sides = {
+        f"{side}_{name}": value
+        for side in ("encoder", "decoder")
+        for name, value in (("layers", 2), ("attention_heads", 4), ("ffn_dim", 48))
+    }
+    return hf.BartForConditionalGeneration(
+        hf.BartConfig(
+            **sides, **TOKENS, d_model=32, max_position_embeddings=64, forced_eos_token_id=None
+        )
+    )
+
+
 def _whisper() -> PreTrainedModel:
     sides = {
         f"{side}_{name}": value
@@ -197,6 +210,7 @@ ZOO: dict[str, tuple[Callable[[], PreTrainedModel], int]] = {
         5,  # the pooling head too
     ),
     "t5": (_t5, 6),
+    "bart": (_bart, 6),
     "whisper": (_whisper, 6),
     "llava": (_llava, 4),
     "smolvlm": (_smolvlm, 4),

@@ -1,0 +1,127 @@
+"""The lowered graph as a file: traced, written as ONNX, cleaned up."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+from torch.fx import GraphModule
+
+from rewriter.backends.onnx.nodes import MICROSOFT, Nodes, static
+from rewriter.backends.onnx.registry import expand_nodes
+
+
+def write(
+    module: GraphModule,
+    args: tuple[torch.Tensor, ...],
+    dynamic: list[tuple[int, ...]],
+    inputs: list[str],
+    outputs: list[str],
+    file: Path,
+    opset: int,
+    fused: bool,
+) -> dict[str, int]:
+    """Trace with `args` (`dynamic`: the dimensions of each that vary) and write `file`.
+
+    Returns how often each operator of a domain of its own occurs, and `all` nodes.
+    """
+    _quiet()
+    program = torch.export.export(
+        module,
+        args,
+        dynamic_shapes=tuple({d: torch.export.Dim.AUTO for d in dims} for dims in dynamic),
+        prefer_deferred_runtime_asserts_over_guards=True,
+    )
+    made: Any = torch.onnx.export(
+        program,
+        dynamo=True,
+        opset_version=opset,
+        input_names=inputs,
+        output_names=outputs,
+        verbose=False,
+    )
+    model: ir.Model = made.model
+    expand_nodes(model)
+    turn_weights(model, fused)
+    RemoveUnusedNodesPass()(model)
+    for node in model.graph.all_nodes():
+        node.metadata_props.clear()  # Python stack traces: larger than a small model
+    model.opset_imports.setdefault(MICROSOFT, 1)
+    used = {n.domain for n in model.graph.all_nodes()} | {""}
+    for domain in list(model.opset_imports):
+        if domain not in used:
+            del model.opset_imports[domain]
+    made.save(str(file), external_data=True)
+    return count(model)
+
+
+def _quiet() -> None:
+    """The exporter warns of every operator of torchvision, which is not needed."""
+    logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
+
+
+def count(model: ir.Model) -> dict[str, int]:
+    nodes = list(model.graph.all_nodes())
+    found = Counter(f"{n.domain}::{n.op_type}" for n in nodes if n.domain)
+    return dict(sorted(found.items())) | {"all": len(nodes)}
+
+
+def turn_weights(model: ir.Model, fused: bool) -> None:
+    """Store the weights of linears as MatMul reads them, [in, out], in place of Transposes.
+
+    A weight that is also read as it is (a tied embedding) stays, and its product is one that
+    takes a transposed matrix: FusedMatMul, or Gemm on rows.
+    """
+    turned: dict[str, ir.Value] = {}
+    for node in list(model.graph):
+        weight = node.inputs[0] if node.op_type == "Transpose" else None
+        if weight is None or not weight.is_initializer() or len(weight.shape or ()) != 2:
+            continue
+        if all(u.node.op_type == "Transpose" for u in weight.uses()):
+            name = f"{weight.name}.transposed"
+            if name not in turned:
+                turned[name] = _transposed(weight, name)
+                model.graph.register_initializer(turned[name])
+            ir.convenience.replace_all_uses_with(node.outputs[0], turned[name])
+        else:
+            for product in [u.node for u in node.outputs[0].uses()]:
+                if product.op_type == "MatMul" and product.inputs[1] is node.outputs[0]:
+                    _multiply_transposed(model, product, weight, fused)
+        if not node.outputs[0].uses():
+            model.graph.remove(node, safe=True)
+            if not weight.uses():
+                del model.graph.initializers[weight.name]  # type: ignore[arg-type]
+
+
+def _transposed(weight: ir.Value, name: str) -> ir.Value:
+    source: Any = weight.const_value
+    rows, columns = static(weight, 0), static(weight, 1)
+    tensor = ir.LazyTensor(
+        lambda: ir.tensor(np.ascontiguousarray(source.numpy().T)),
+        dtype=source.dtype,
+        shape=ir.Shape([columns, rows]),
+        name=name,
+    )
+    return ir.val(name, source.dtype, [columns, rows], const_value=tensor)
+
+
+def _multiply_transposed(model: ir.Model, product: ir.Node, weight: ir.Value, fused: bool) -> None:
+    op, x, old = Nodes(f"{weight.name}.product"), product.inputs[0], product.outputs[0]
+    if fused:
+        new = op.FusedMatMul(x, weight, transB=1, domain=MICROSOFT)
+    else:
+        outs, ins = static(weight, 0), static(weight, 1)
+        rows = op.Gemm(op.Reshape(x, [-1, ins]), weight, transB=1)
+        sizes = op.Concat(op.Shape(x, start=0, end=-1), op.constant([outs]), axis=0)
+        new = op.Reshape(rows, sizes)
+    new.name, new.shape, new.type = old.name, old.shape, old.type
+    model.graph.insert_before(product, op.made)
+    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+    model.graph.remove(product, safe=True)
+    model.opset_imports.setdefault(MICROSOFT, 1)

@@ -1,0 +1,161 @@
+"""`linear_attention` on a GPU: chunked kernels for a decay a head, else the recurrence.
+
+The delta rule and decays of every key channel run forward token by token with the state in
+registers; their gradients are those of the chunked torch form, which runs on any device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rewriter.kernels.autograd import _recompute
+from rewriter.kernels.kernel import COMPILE_OPTIONS, Compilation, Kernel
+from rewriter.kernels.linear_attention import chunked, cpu, launch
+from rewriter.kernels.linear_attention.recurrent import recurrent
+from rewriter.kernels.linear_attention.reference import inert, state_heads
+
+__all__ = ["backward", "compilations", "forward"]
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None = None,
+    beta: Tensor | None = None,
+    scale: float = 1.0,
+    normalise: bool = False,
+    state: Tensor | None = None,
+    z: Tensor | None = None,
+    mask: Tensor | None = None,
+    one_by_one: bool | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Same contract as the package's function; differentiable where it is chunked.
+
+    one_by_one: whether to take the recurrent kernel, instead of by the shapes.
+    """
+    args = (q, k, v, log_decay, beta, scale, normalise, state, z, mask)
+    if v.dtype == torch.float64:
+        return cpu.linear_attention(*args)
+    states, dtype = state_heads(k, v, log_decay, beta), v.dtype
+    q, k, v, log_decay, beta = inert(mask, q, k, v, log_decay, beta)
+    q, k = q.to(dtype), k.to(dtype)
+    if normalise:  # the sum of the keys is one more column of the state
+        v = torch.cat([v, v.new_ones(*v.shape[:3], 1)], 3)
+        if (state is None) != (z is None):
+            empty = v.new_zeros(v.shape[0], states, k.shape[3], v.shape[3], dtype=torch.float32)
+            state = empty[..., :-1] if state is None else state
+            z = empty[..., -1] if z is None else z
+        state = None if state is None or z is None else torch.cat([state, z[..., None]], 3)
+    state = None if state is None else state.float()
+    wide = torch.float32 if normalise else dtype
+    if one_by_one is None:
+        one_by_one = v.shape[1] == 1 or not _is_chunked(log_decay, beta)
+    if one_by_one:
+        y, final = launch.recurrent(
+            q, k, v, log_decay, beta, None, None, state, states, scale, wide
+        )
+    else:
+        chunk = launch.tiles(dtype, k.shape[3], v.shape[3])["BT"]
+        g = None if log_decay is None else launch.chunk_sums(log_decay, states, chunk)
+        y, final = launch.Chunked.apply(
+            q, k, v, g, None, None, state, states, scale, normalise
+        )
+    if not normalise:
+        return y, final, final.new_zeros(*final.shape[:2], 0)
+    total = y[..., -1:]
+    y = torch.where(total == 0, 0, y[..., :-1] / torch.where(total == 0, 1, total))
+    return y.to(dtype).contiguous(), final[..., :-1].contiguous(), final[..., -1].contiguous()
+
+
+def backward(
+    grads: Sequence[Tensor | None],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    beta: Tensor | None,
+    scale: float,
+    normalise: bool,
+    state: Tensor | None,
+    z: Tensor | None,
+    mask: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """One gradient or None for each argument of the op."""
+    args = [q, k, v, log_decay, beta, scale, normalise, state, z, mask]
+    form = cpu.linear_attention
+    if _is_chunked(log_decay, beta):
+        args.append(False)
+        form = forward
+    needed = tuple(isinstance(a, Tensor) for a in args)
+    return _recompute(form, args, needed, tuple(grads))[:10]
+
+
+def _is_chunked(log_decay: Tensor | None, beta: Tensor | None) -> bool:
+    return beta is None and (log_decay is None or log_decay.dim() == 3)
+
+
+# ---- ahead of time ----------------------------------------------------------------------------
+
+TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+CHUNKED_KERNELS = (
+    chunked.enter_states,
+    chunked.outputs,
+    chunked.leave_gradients,
+    chunked.query_key_gradients,
+    chunked.value_gradients,
+)
+
+
+def compilations() -> list[Compilation]:
+    """Default configurations: chunked and one step, with a decay a head, for states of 128 x 64."""
+    made = []
+    for dtype in TYPES:
+        made += [chunked_compilation(k, dtype, False) for k in CHUNKED_KERNELS]
+        made.append(recurrent_compilation(dtype, 1, False))
+    made.append(recurrent_compilation(torch.bfloat16, 2, False, beta=True))
+    return made
+
+
+def chunked_compilation(item: Kernel, dtype: torch.dtype, mamba: bool) -> Compilation:
+    """One of the chunked kernels; mamba: with gain and skip."""
+    wide = item in (chunked.query_key_gradients, chunked.value_gradients)
+    options = (launch.gradient_tiles if wide else launch.tiles)(dtype, 128, 64)
+    flags = {
+        "HAS_DECAY": True,
+        "HAS_GAIN": mamba,
+        "HAS_SKIP": mamba,
+        "HAS_STATE": True,
+        "HAS_FINAL": True,
+    }
+    return _compilation(item, TYPES[dtype], dtype, {**flags, **options}, dtype != torch.float32)
+
+
+def recurrent_compilation(
+    dtype: torch.dtype, decay: int, mamba: bool, beta: bool = False
+) -> Compilation:
+    """The recurrent kernel for 128 key channels."""
+    flags = {"DECAY": decay, "HAS_BETA": beta, "HAS_GAIN": mamba, "HAS_SKIP": mamba}
+    flags |= {"HAS_STATE": True, **launch.recurrent_tiles(128)}
+    case = f"{TYPES[dtype]}{' delta, decay a key channel' if beta else ''}"
+    return _compilation(recurrent, case, dtype, flags, False)
+
+
+def _compilation(
+    item: Kernel, case: str, dtype: torch.dtype, values: dict, matrix_unit: bool
+) -> Compilation:
+    names = item.arg_names
+    wide = {"G", "GAIN", "BETA", "SKIP", "S0", "FINAL", "DFINAL", "DS0", "DG", "DGAIN"}
+    pointers = {
+        n: "*fp32" if n in wide else f"*{TYPES[dtype]}" for n in names if n[0].isupper() and n != "T"
+    }
+    constants = {n: v for n, v in values.items() if n in names}
+    pointers = {n: t for n, t in pointers.items() if n not in constants}
+    strides = [n for n in names if n in ("width_k", "width_v") or (len(n) == 2 and n[1] in "bth")]
+    options = {n: v for n, v in values.items() if n in COMPILE_OPTIONS}
+    signature = {**pointers, **({"scale": "fp32"} if "scale" in names else {})}
+    aligned = (*pointers, *strides)
+    return Compilation(item, case, signature, constants, aligned, options, matrix_unit)
