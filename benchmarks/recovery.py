@@ -122,7 +122,7 @@ def run(
         recover(
             made, MODEL, about["stages"], data, tokens=tokens, minutes=minutes, seed=seed,
             work=work, resume=work is not None and (work / "run.json").exists(),
-            with_baselines=False, held_out=8192,
+            with_baselines=False, held_out=4096, evaluations=4,
         )  # fmt: skip
         report = made.report["recovery"]
         entry["tokens"] = report["tokens"]

@@ -65,9 +65,7 @@ def centroids(sequences: list[Tensor], sinks: int, number: int, seed: int) -> tu
             nearest = (x @ centre.T - centre.square().sum(-1) / 2).argmax(-1)
             total = torch.zeros_like(centre).index_add_(0, nearest, x)
             size = torch.bincount(nearest, minlength=number)
-            centre = torch.where(
-                size[:, None] > 0, total / size.clamp_min(1)[:, None], centre
-            )
+            centre = torch.where(size[:, None] > 0, total / size.clamp_min(1)[:, None], centre)
         found.append(centre)
         nearest = (x @ centre.T - centre.square().sum(-1) / 2).argmax(-1)
         spread.append((x - centre[nearest]).square().mean().clamp_min(1e-6))
@@ -128,9 +126,7 @@ def fit_gates(
             value = keyed.tensors[name]
             new[name] = value * keyed_group.view(-1, *(1,) * (value.dim() - 1))
     total = sum(float(s.truth.square().sum()) for s in held)
-    window = sum(
-        float((s.near_y / s.near_total[..., None] - s.truth).square().sum()) for s in held
-    )
+    window = sum(float((s.near_y / s.near_total[..., None] - s.truth).square().sum()) for s in held)
     return maps.with_(new), {
         "error_window": window / total,
         "error_start": float(errors.flatten(0, 1)[best, heads].sum()) / total,

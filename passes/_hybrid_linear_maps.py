@@ -37,8 +37,14 @@ class Maps:
         return Maps(self.kind, {**self.tensors, **changed}, self.heads, self.groups)
 
 
-def features(call: Callable[..., Any], query: Any, key: Any, p: dict[str, Any], maps: Maps,
-             dtype: torch.dtype) -> tuple[Any, Any, Any]:
+def features(
+    call: Callable[..., Any],
+    query: Any,
+    key: Any,
+    p: dict[str, Any],
+    maps: Maps,
+    dtype: torch.dtype,
+) -> tuple[Any, Any, Any]:
     """φ_q, φ_k and the log gate: written once, for tensors and for nodes of a graph.
 
     Args:

@@ -8,8 +8,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from pydantic import model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 from torch import Tensor
 from torch.fx import Node
 
@@ -187,9 +193,7 @@ class HybridLinear(Pass):
                 return Made(output=y, facts=facts)
             p = {n: call.tensor(n, t) for n, t in promise.maps.tensors.items()}
             dtype = query.meta["val"].dtype
-            query_features, key_features, gate = features(
-                call, query, key, p, promise.maps, dtype
-            )
+            query_features, key_features, gate = features(call, query, key, p, promise.maps, dtype)
             made = call(
                 HYBRID, query, key, value, query_features, key_features, gate, latest,
                 *(None,) * 8, promise.scale, c.window, c.window_kind == "block", c.sinks,

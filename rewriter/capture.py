@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from rewriter.graph import ATTENTION, Graph, argument, aten, place, set_argument
 from rewriter.growing_cache import GROW, growing_cache
 from rewriter.lift import lift
 from rewriter.lift.matching import expression
+from rewriter.state import decodes_alike
 
 ASSERTIONS = ("_assert", "sym_constrain", "_guards_fn")
 
@@ -81,84 +83,101 @@ def _sub_configs(model: PreTrainedModel) -> list[Any]:
     return [m.config for m in model.modules() if isinstance(m, PreTrainedModel)]
 
 
+class _Flat(nn.Module):
+    """A transformers model with flat tensor inputs and flat tensor outputs."""
+
+    def __init__(self, model: PreTrainedModel, inputs: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.model, self.names = model, list(inputs)
+        self.tokens = "decoder_input_ids" if "decoder_input_ids" in inputs else "input_ids"
+        self.padding = self.tokens.replace("input_ids", "attention_mask")
+        self.paired = self.tokens != "input_ids" and self.padding in inputs
+        self.cache = self.paired  # whether to run with a `growing_cache`
+        self.keys: list[str] = []
+        self.output_class: type = ModelOutput
+
+    def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
+        given: dict[str, Any] = dict(zip(self.names, values, strict=True))
+        if self.cache:
+            total, new = given[self.padding].shape[1], given[self.tokens].shape[1]
+            given["past_key_values"] = growing_cache(total, new, self.paired)
+        output = self.model(**given, return_dict=True)
+        flat = {k: v for k, v in output.items() if isinstance(v, Tensor)}
+        self.keys, self.output_class = list(flat), type(output)
+        return tuple(flat.values())
+
+
 def _capture_transformers(model: PreTrainedModel) -> Graph:
     inputs = example_inputs(model)
-    paired = model.config.is_encoder_decoder and "decoder_attention_mask" in inputs
-    stateful = paired or (generates(model) and "position_ids" in inputs)
-    tokens, padding = (
-        ("decoder_input_ids", "decoder_attention_mask")
-        if paired
-        else ("input_ids", "attention_mask")
-    )
-    seen: dict[str, Any] = {"cache": paired}
-
-    class Wrapper(nn.Module):  # flat tensor inputs, flat tensor outputs
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
-            given: dict[str, Any] = dict(zip(inputs, values, strict=True))
-            if seen["cache"]:
-                total, new = given[padding].shape[1], given[tokens].shape[1]
-                given["past_key_values"] = growing_cache(total, new, paired)
-            output = self.model(**given, return_dict=True)
-            flat = {k: v for k, v in output.items() if isinstance(v, Tensor)}
-            seen["keys"], seen["class"] = list(flat), type(output)
-            return tuple(flat.values())
-
-    def dynamic(name: str, value: Tensor) -> dict[int, Any]:
-        rank = 1 if name in ("pixel_values", "input_features") else 2
-        return dict.fromkeys(range(rank), torch.export.Dim.AUTO)
-
-    auto = {name: dynamic(name, value) for name, value in inputs.items()}
+    meta = any(p.is_meta for p in model.parameters())
+    graph, failure = None, None
     with torch.no_grad(), attention_interface.session() as session, _quiet(model):
-        wrapper = Wrapper().eval()
-
-        def attempt(longer: bool, cache: bool) -> Any:
-            """Export with the mask's length a symbol of its own, or tied to the tokens'."""
-            seen["cache"], shapes = cache, dict(inputs)
-            if longer:
+        flat = _Flat(model, inputs).eval()
+        with torch.device("meta") if meta else nullcontext():
+            flat(*inputs.values())
+        for longer, cache in _attempts(model, flat):
+            flat.cache = cache
+            shapes = dict(inputs)
+            if longer:  # the mask's length must be a symbol of its own
                 extra = torch.ones(BATCH, 5, dtype=torch.long, device=model.device)
-                shapes[padding] = torch.cat([inputs[padding], extra], 1)
+                shapes[flat.padding] = torch.cat([inputs[flat.padding], extra], 1)
+            if graph is not None and not longer:
+                break  # right without a past
             session.start_export()
-            return _export(wrapper, shapes, auto)
-
-        if any(p.is_meta for p in model.parameters()):
-            with torch.device("meta"):
-                wrapper(*inputs.values())
-        else:
-            wrapper(*inputs.values())
-        try:
-            program = attempt(longer=stateful, cache=paired)
-        except RewriterError:
-            raise
-        except Exception as first:
-            if not stateful:
-                raise _explain(model, first) from first
-            # Some models tie the mask's length to the tokens' (falcon, bloom): no state then.
             try:
-                program = attempt(longer=False, cache=False)
+                program = _export(flat, shapes)
+            except RewriterError:
+                raise
             except Exception as error:
-                raise _explain(model, error) from error
+                failure = error
+                continue
+            graph = _named(program, flat)
+            graph.decodes = longer and (meta or decodes_alike(graph, list(inputs.values())))
+            if graph.decodes:
+                break
+    if graph is None:
+        assert failure is not None
+        raise _explain(model, failure) from failure
+    if "position_ids" in inputs:
+        graph.default_positions = _default_positions(model)
+    return graph
+
+
+def _attempts(model: PreTrainedModel, flat: _Flat) -> list[tuple[bool, bool]]:
+    """Ways to export: (the mask has a length of its own, the past comes from a cache).
+
+    With positions for an input the mask may say all; some models need a cache to ask (falcon,
+    bloom, chunked masks). One that ties its mask to the tokens in any case carries no state.
+    """
+    if not (flat.paired or generates(model)):
+        return [(False, False)]
+    cached = "past_key_values" in inspect.signature(model.forward).parameters
+    placed = "position_ids" in flat.names
+    return [(True, False)] * placed + [(True, True)] * cached + [(False, False)]
+
+
+def _named(program: Any, flat: _Flat) -> Graph:
+    """The canonical graph of an export, with the original's names for inputs and outputs."""
     graph = _canonical(program, prefix="model.")
-    graph.config = model.config
-    graph.model_class = type(model).__name__
-    graph.outputs = seen["keys"]
-    graph.output_class = f"{seen['class'].__module__}.{seen['class'].__qualname__}"
-    graph.inputs = list(inputs)
+    graph.config = flat.model.config
+    graph.model_class = type(flat.model).__name__
+    graph.inputs, graph.outputs = list(flat.names), flat.keys
+    graph.output_class = f"{flat.output_class.__module__}.{flat.output_class.__qualname__}"
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
-    for node, name in zip(placeholders, inputs, strict=True):
+    for node, name in zip(placeholders, flat.names, strict=True):
         node.target = name
         node._rename(name)
-    _guard_sizes(graph, {k: list(dims) for k, dims in auto.items()})
-    _ungrow(graph, padding)
+    _guard_sizes(graph)
+    _ungrow(graph, flat.padding)
     own_sizes(graph)
     graph.module.graph.eliminate_dead_code()
     graph.recompile()
-    if stateful and not paired:
-        graph.default_positions = _default_positions(model)
     return graph
+
+
+def _dynamic(name: str) -> range:
+    """Dimensions of an input that vary: the batch, and the length where there is one."""
+    return range(1 if name in ("pixel_values", "input_features") else 2)
 
 
 def _ungrow(graph: Graph, padding: str) -> None:
@@ -173,12 +192,12 @@ def _ungrow(graph: Graph, padding: str) -> None:
         node.replace_all_uses_with(node.all_input_nodes[0])
 
 
-def _guard_sizes(graph: Graph, dynamic: dict[str, list[int]]) -> None:
+def _guard_sizes(graph: Graph) -> None:
     """Refuse other sizes than the example's where the model's own code fixed them."""
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
     anchor = graph.nodes[graph.nodes.index(placeholders[-1]) + 1]
     for node in placeholders:
-        for dim in dynamic[str(node.target)]:
+        for dim in _dynamic(str(node.target)):
             fixed = expression(node.meta["val"].shape[dim])
             if not isinstance(fixed, int):
                 continue
@@ -193,10 +212,9 @@ def _guard_sizes(graph: Graph, dynamic: dict[str, list[int]]) -> None:
             size.meta["val"], same.meta["val"] = fixed, True
 
 
-def _export(module: nn.Module, inputs: dict[str, Tensor], shapes: dict[str, Any]) -> Any:
-    return torch.export.export(
-        module, tuple(inputs.values()), dynamic_shapes=(tuple(shapes.values()),), strict=False
-    )
+def _export(flat: _Flat, inputs: dict[str, Tensor]) -> Any:
+    auto = tuple(dict.fromkeys(_dynamic(n), torch.export.Dim.AUTO) for n in inputs)
+    return torch.export.export(flat, tuple(inputs.values()), dynamic_shapes=(auto,), strict=False)
 
 
 def _explain(model: nn.Module, error: Exception) -> CaptureError:
@@ -263,6 +281,7 @@ def _canonical(program: Any, prefix: str) -> Graph:
         node.meta["path"] = path.removeprefix(prefix.rstrip(".")).removeprefix(".")
     for node in list(graph.nodes):
         _strip(graph, node)
+        _as_linear(graph, node)
     graph.set_codegen(CodeGen())
     root = nn.Module()
     _copy_tensors(exported, root, graph, prefix)
@@ -310,6 +329,18 @@ def _strip(graph: torch.fx.Graph, node: Node) -> None:
     if isinstance(same, Node):
         node.replace_all_uses_with(same)
         graph.erase_node(node)
+
+
+def _as_linear(graph: torch.fx.Graph, node: Node) -> None:
+    """`x @ weight.T` (falcon) as the linear that it is."""
+    if node.target is not aten.matmul.default:
+        return
+    value, turned = node.args
+    if not isinstance(turned, Node) or turned.target not in (aten.numpy_T.default, aten.t.default):
+        return
+    weight = turned.all_input_nodes[0]
+    if weight.op == "get_attr" and weight.meta["val"].dim() == 2:
+        node.target, node.args = aten.linear.default, (value, weight)
 
 
 def _is_zeros(value: Any) -> bool:

@@ -162,6 +162,7 @@ class Graph:
         inputs: names of the graph's inputs that a caller gives, in order.
         outputs: keys of the original's output class that the graph returns, in order.
         output_class: import path of that class, or '' when the graph returns a bare tensor.
+        decodes: a decoder whose padding mask has a length of its own, so that it can take a past.
         states: one specification for every state that `thread_state` added, in order.
         near_misses: attention-shaped subgraphs that were not lifted: (path, reason).
         dropped: names of original tensors that passes declared as dropped.
@@ -174,6 +175,7 @@ class Graph:
     inputs: list[str] = field(default_factory=list)
     outputs: list[str] = field(default_factory=list)
     output_class: str = ""
+    decodes: bool = False
     default_positions: str = "column"  # or "mask": what forward without position_ids does
     states: list[dict[str, Any]] = field(default_factory=list)
     near_misses: list[tuple[str, str]] = field(default_factory=list)

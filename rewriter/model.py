@@ -64,7 +64,7 @@ class RewrittenModel(PreTrainedModel, GenerationMixin):
 
     def can_generate(self) -> bool:  # type: ignore[override]
         graph = self.__dict__.get("graph")  # asked for by the base class before it is set
-        return graph is None or "position_ids" in graph.inputs
+        return graph is None or graph.decodes or "position_ids" in graph.inputs
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
@@ -152,6 +152,11 @@ class RewrittenModel(PreTrainedModel, GenerationMixin):
 
     # ---- generation ----------------------------------------------------------------------
 
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        known = self.graph.inputs  # forward names the usual ones only
+        others = {k: v for k, v in model_kwargs.items() if k not in known}
+        super()._validate_model_kwargs(others)  # type: ignore[misc]
+
     def prepare_inputs_for_generation(  # type: ignore[override]
         self,
         input_ids: Tensor,
@@ -166,7 +171,8 @@ class RewrittenModel(PreTrainedModel, GenerationMixin):
             attention_mask = torch.ones_like(input_ids)
         positions = attention_mask.long().cumsum(-1) - 1
         positions = positions.masked_fill(attention_mask == 0, 1)
-        return {
+        others = {n: kwargs[n] for n in self.graph.inputs if n in kwargs}  # an image, say
+        return others | {
             "input_ids": input_ids[:, past:],
             "attention_mask": attention_mask,
             "position_ids": positions[:, past : input_ids.shape[1]],

@@ -28,7 +28,7 @@ from rewriter.plan import Plan
 from rewriter.protocol import Contract, Made, Pass, Site
 from rewriter.selection import select
 from rewriter.seq2seq import build
-from rewriter.state import carries, thread_state
+from rewriter.state import thread_state
 from rewriter.state_size import pays_from, state_size
 
 
@@ -89,7 +89,7 @@ def rewrite(
     report |= _check(graph, reference, run, plan, text)
     seconds["gate"], clock = time.perf_counter() - clock, time.perf_counter()
     state_after = state_size(graph)
-    if carries(graph):
+    if graph.decodes:
         thread_state(graph)
     seconds["state"] = time.perf_counter() - clock
     report["parameters"] = {"before": before, "after": _count(graph)}
@@ -296,7 +296,8 @@ def _check(
     if not run.sites:
         return {"sites": [], "whole": {}}
     whole: dict[str, float] = {}
-    if text and graph.outputs[:1] == ["logits"] and "position_ids" in graph.inputs:
+    decoder = graph.decodes or "position_ids" in graph.inputs
+    if text and decoder and graph.outputs[:1] == ["logits"]:
         whole = gate.measure_whole(reference, graph.module, run.batches)
         limit = plan.gate.max_kl
         if limit is not None and not whole["kl"] <= limit:

@@ -88,11 +88,6 @@ class RewrittenSeq2Seq(RewrittenModel):
             return given.pop("decoder_input_ids"), given
         return super()._prepare_decoder_input_ids_for_generation(**kwargs)  # type: ignore[misc]
 
-    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
-        known = self.graph.inputs  # forward names the usual ones only
-        others = {k: v for k, v in model_kwargs.items() if k not in known}
-        super()._validate_model_kwargs(others)  # type: ignore[misc]
-
     def forward(  # type: ignore[override]
         self,
         input_ids: Tensor | None = None,

@@ -81,6 +81,7 @@ def dump(graph: Graph) -> dict[str, Any]:
         "inputs": graph.inputs,
         "outputs": graph.outputs,
         "output_class": graph.output_class,
+        "decodes": graph.decodes,
         "default_positions": graph.default_positions,
         "states": graph.states,
         "schemas": schemas,
@@ -127,7 +128,8 @@ def load(data: dict[str, Any], tensors: dict[str, nn.Parameter | torch.Tensor]) 
         made[entry["name"]] = node
     module = GraphModule(root, fx)
     result = Graph(module=module)
-    for key in ("model_class", "inputs", "outputs", "output_class", "default_positions", "states"):
+    told = ("model_class", "inputs", "outputs", "output_class", "decodes", "default_positions")
+    for key in (*told, "states"):
         setattr(result, key, data[key])
     result.source_tensors = set(tensors)
     return result

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,9 +19,9 @@ from torch.fx import Node
 from torch.fx.node import has_side_effect
 from transformers import Cache
 
+from rewriter.calibration import copy_module
 from rewriter.graph import ATTENTION, Graph, argument, aten, set_argument
 from rewriter.kernels.mixer import MIXERS, StateTensor
-from rewriter.lift.matching import expression
 
 
 class KeyValue:
@@ -209,18 +210,6 @@ def token_input(graph: Graph) -> str:
     return "decoder_input_ids" if "decoder_input_ids" in graph.inputs else "input_ids"
 
 
-def carries(graph: Graph) -> bool:
-    """Whether a captured graph is a decoder that can take a past: its mask has its own length."""
-    if not {"position_ids", "decoder_input_ids"} & set(graph.inputs):
-        return False
-    tokens = graph.placeholder(token_input(graph))
-    mask = graph.placeholder(token_input(graph).replace("input_ids", "attention_mask"))
-    if tokens is None or mask is None:
-        return False
-    new, total = (expression(n.meta["val"].shape[1]) for n in (tokens, mask))
-    return new != total
-
-
 def carriers(graph: Graph) -> list[Node]:
     """Mixers that carry something from token to token, in order of execution.
 
@@ -253,6 +242,36 @@ def thread_state(graph: Graph) -> Graph:
                 _thread_recurrent(graph, node, owners[path], tensor)
     graph.recompile()
     return graph
+
+
+def decodes_alike(graph: Graph, inputs: list[Tensor]) -> bool:
+    """Whether a prefill, a step and a chunk give what one call gives.
+
+    Not where something that mixes positions carries no state that we know: a Mamba layer of the
+    model's own, for example. `inputs` are an example of the graph's, in order.
+    """
+    module = copy_module(graph.module)
+    threaded = thread_state(replace(graph, module=module, states=[]))
+    state = State(threaded.states)
+    tokens = token_input(graph)
+    mask = inputs[graph.inputs.index(tokens.replace("input_ids", "attention_mask"))]
+    own = (tokens, tokens.replace("input_ids", "position_ids"))
+    length, parts, past = mask.shape[1], [], 0
+    try:
+        with torch.no_grad():
+            whole = graph.module(*inputs)[0]
+            for cut in (length - 3, length - 2, length):
+                now = [
+                    t[:, past:cut] if n in own else t[:, :cut] if t is mask else t
+                    for n, t in zip(graph.inputs, inputs, strict=True)
+                ]
+                parts.append(threaded.module(*now, *state.mixers)[0])
+                past = cut
+    except (RuntimeError, IndexError, ValueError, AssertionError):
+        return False  # it ties the length, or takes an image with the first tokens only
+    whole, ours = (t[mask.bool()].float() for t in (whole, torch.cat(parts, 1)))
+    bound = 1e-3 if mask.device.type == "cpu" and parts[0].dtype.itemsize >= 4 else 5e-2
+    return bool((whole - ours).abs().max() <= bound * whole.abs().max())
 
 
 def _thread_recurrent(graph: Graph, node: Node, state: Node, tensor: StateTensor) -> None:

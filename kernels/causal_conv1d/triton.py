@@ -204,7 +204,5 @@ def compilations() -> list[Compilation]:
             }
             strides = [n for n in ("channels", "xb", "xt") if n in item.arg_names]
             aligned = (*pointers, *strides)
-            made.append(
-                Compilation(item, name, pointers, constants, aligned, matrix_unit=False)
-            )
+            made.append(Compilation(item, name, pointers, constants, aligned, matrix_unit=False))
     return made

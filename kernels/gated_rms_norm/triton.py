@@ -86,7 +86,11 @@ def normalise_gradients(
 def tiles(size: int) -> dict[str, Any]:
     """Constants and options for groups of `size` channels."""
     group = max(16, triton.next_power_of_2(size))
-    return {"BM": max(1, min(16, 2048 // group)), "BG": group, "num_warps": 4 if group < 4096 else 8}
+    return {
+        "BM": max(1, min(16, 2048 // group)),
+        "BG": group,
+        "num_warps": 4 if group < 4096 else 8,
+    }
 
 
 def forward(
@@ -152,7 +156,5 @@ def compilations() -> list[Compilation]:
                 signature = {**pointers, "eps": "fp32"}
                 aligned = (*pointers, "channels", "size")
                 case = f"{name} group {size}"
-                made.append(
-                    Compilation(item, case, signature, constants, aligned, options, False)
-                )
+                made.append(Compilation(item, case, signature, constants, aligned, options, False))
     return made

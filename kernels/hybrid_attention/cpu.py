@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 Options = tuple[float, int, bool, int, str, float]
+Blocks = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
 def hybrid_attention(
@@ -31,23 +34,36 @@ def hybrid_attention(
     sinks: int,
     reference: str,
     far_cap: float,
+    blocks: Blocks | None = None,
 ) -> tuple[Tensor, ...]:
-    """Same contract as `rewriter::hybrid_attention`; differentiable, float32 inside (or 64)."""
+    """Same contract as `rewriter::hybrid_attention`; differentiable, float32 inside (or 64).
+
+    blocks: computes what `_blocks` does, from the inputs as they are; for GPUs.
+    """
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
     types = (key.dtype, value.dtype, key_features.dtype, key.dtype, value.dtype)
     options = (scale, window, block_aligned, sinks, reference, far_cap)
     with torch.autocast(query.device.type, enabled=False):
-        new = tuple(t.to(wide) for t in (query, key, value, query_features, key_features, gate))
-        state = (ring_key, ring_value, ring_features, sink_key, sink_value, far_value, far_mass)
-        if count is None and (mask is None or bool(mask.all())) and query.shape[2] > 1:
-            y, after = _fresh(new, options)
+        one = query.shape[2] == 1
+        keep = blocks is not None and not one
+        new = (query, key, value, query_features, key_features)
+        new = (*(t if keep else t.to(wide) for t in new), gate.to(wide))
+        state = (ring_key, ring_value, ring_features, sink_key, sink_value)
+        compute = blocks or _blocks
+        if count is None and (mask is None or bool(mask.all())) and not one:
+            y, after = _fresh(new, options, compute)
         else:
-            before = [t.to(wide) for t in state if t is not None] or _empty(new, options)
-            if count is None:
+            if count is None or far_value is None or far_mass is None:
+                before = _empty(new, options)
                 count = torch.zeros(len(query), dtype=torch.int64, device=query.device)
+            else:
+                before = [t if keep else t.to(wide) for t in state if t is not None]
+                before += [far_value.to(wide), far_mass.to(wide)]
             real = torch.ones_like(gate[:, 0], dtype=torch.bool) if mask is None else mask.bool()
-            form = _step if query.shape[2] == 1 else _continued
-            y, after = form(new, before, count, real, options)
+            if one:
+                y, after = _step(new, before, count, real, options)
+            else:
+                y, after = _continued(new, before, count, real, options, compute)
         *kept, far_value, far_mass, count = after
         kept = [t.to(dtype) for t, dtype in zip(kept, types, strict=True)]
         return (y.to(query.dtype), *kept, far_value, far_mass, count)
@@ -55,19 +71,21 @@ def hybrid_attention(
 
 def _empty(new: tuple[Tensor, ...], options: Options) -> list[Tensor]:
     """The state before the first token."""
-    _, key, value, _, features, _ = new
+    _, key, value, _, features, gate = new
     _, window, block_aligned, sinks, _, _ = options
     ring = 2 * window if block_aligned else window
     kept = [t.new_zeros(*t.shape[:2], ring, t.shape[3]) for t in (key, value, features)]
     kept += [t.new_zeros(*t.shape[:2], sinks, t.shape[3]) for t in (key, value)]
-    far = features.new_zeros(*features.shape[:2], features.shape[3], value.shape[3])
+    far = gate.new_zeros(*features.shape[:2], features.shape[3], value.shape[3])
     return [*kept, far, far[..., 0]]
 
 
 # ---- where tokens lie -------------------------------------------------------------------------
 
 
-def _fresh(new: tuple[Tensor, ...], options: Options) -> tuple[Tensor, list[Tensor]]:
+def _fresh(
+    new: tuple[Tensor, ...], options: Options, compute: Blocks
+) -> tuple[Tensor, list[Tensor]]:
     """No past and no padding: the blocks are slices."""
     query, key, value, query_features, key_features, gate = new
     _, window, block_aligned, sinks, _, _ = options
@@ -80,11 +98,9 @@ def _fresh(new: tuple[Tensor, ...], options: Options) -> tuple[Tensor, list[Tens
     queries, query_features = (pad(t, (0, 0, 0, tail)) for t in (query, query_features))
     rank = torch.arange(blocks * window, device=query.device)[None]
     first = min(sinks, length)
-    sink_key, sink_value = (
-        pad(t[:, :, :first], (0, 0, 0, sinks - first)) for t in (key, value)
-    )
+    sink_key, sink_value = (pad(t[:, :, :first], (0, 0, 0, sinks - first)) for t in (key, value))
     past = _empty(new, options)[5:]
-    y, states, masses = _blocks(
+    y, states, masses = compute(
         queries,
         keys,
         values,
@@ -106,9 +122,7 @@ def _fresh(new: tuple[Tensor, ...], options: Options) -> tuple[Tensor, list[Tens
     slots = torch.arange(size, device=query.device)
     held = length - 1 - (length - 1 - slots) % size  # rank in each slot; negative: none
     source = torch.where(held < 0, length, held)
-    rings = [
-        pad(t, (0, 0, 0, 1)).index_select(2, source) for t in (key, value, key_features)
-    ]
+    rings = [pad(t, (0, 0, 0, 1)).index_select(2, source) for t in (key, value, key_features)]
     count = torch.full((batch,), length, dtype=torch.int64, device=query.device)
     return y[:, :length], [*rings, sink_key, sink_value, far_value, far_mass, count]
 
@@ -119,6 +133,7 @@ def _continued(
     count: Tensor,
     real: Tensor,
     options: Options,
+    compute: Blocks,
 ) -> tuple[Tensor, list[Tensor]]:
     """After a past, or with padding: every row's real tokens move to their own blocks."""
     query, key, value, query_features, key_features, gate = new
@@ -160,7 +175,7 @@ def _continued(
     found = found.masked_fill(first >= total[:, None], -1)
     sink_key, sink_value = take(sink_key, key, found), take(sink_value, value, found)
 
-    y, states, masses = _blocks(
+    y, states, masses = compute(
         queries,
         keys,
         values,
@@ -211,7 +226,8 @@ def _add_part(
     left = (place <= rest[:, None])[:, None, :, None]
     features = features.gather(2, index.expand(-1, features.shape[1], -1, features.shape[3]))
     values = values.gather(2, index.expand(-1, values.shape[1], -1, values.shape[3]))
-    features = features * left
+    features = (features * left).to(far_value.dtype)
+    values = values.to(far_value.dtype)
     return (
         far_value + features.mT @ _repeat(values, features.shape[1]),
         far_mass + features.sum(2),
@@ -224,6 +240,20 @@ def _repeat(value: Tensor, heads: int) -> Tensor:
 
 
 # ---- what they compute ------------------------------------------------------------------------
+
+
+def _start(rank: Tensor, options: Options) -> Tensor:
+    """First rank of the window of a query; may be negative."""
+    _, window, block_aligned, _, _, _ = options
+    return (rank // window - 1) * window if block_aligned else rank - window + 1
+
+
+def far_mass_log(rank: Tensor, options: Options) -> Tensor:
+    """What the number of far tokens multiplies their weights by, as a logarithm."""
+    _, _, _, sinks, _, far_cap = options
+    far = (_start(rank, options) - sinks).clamp_min(0).double()
+    log = (far_cap / far).clamp_max(1).log() if far_cap else torch.zeros_like(far)
+    return log.masked_fill(far == 0, -torch.inf)
 
 
 def _blocks(
@@ -250,7 +280,7 @@ def _blocks(
         y [B, C w, H, Dv]; far_value [B, G, C + 1, F, Dv] and far_mass [B, G, C + 1, F] as they
         enter each block of queries, and the one that would follow.
     """
-    scale, w, block_aligned, sinks, reference, far_cap = options
+    scale, w, block_aligned, sinks, reference, _ = options
     batch, heads, length, _ = queries.shape
     kv_heads, groups, blocks = keys.shape[1], features.shape[1], length // w
 
@@ -278,7 +308,7 @@ def _blocks(
     missing = rank[:, :1] - w + place < 0  # [B or 1, w]
     if bool(missing.any()):
         view[:, :, 0, ..., :w].masked_fill_(missing[:, None, None, None, :], -torch.inf)
-    start = (rank // w - 1) * w if block_aligned else rank - w + 1
+    start = _start(rank, options)
     top = logits.detach().amax(-1)
     if reference == "max":
         level = logits.amax(-1)
@@ -288,10 +318,8 @@ def _blocks(
     else:
         level = None
 
-    far = (start - sinks).clamp_min(0).to(q.dtype)
-    mass = (far_cap / far).clamp_max(1).log() if far_cap else torch.zeros_like(far)
-    mass = mass.masked_fill(far == 0, -torch.inf)
-    far_log = grouped((gate + mass[:, None])[..., None], kv_heads)[..., 0]
+    far_log = gate + far_mass_log(rank, options).to(gate)[:, None]
+    far_log = grouped(far_log[..., None], kv_heads)[..., 0]
     if level is not None:
         far_log = far_log + level
     top = torch.maximum(top, far_log.detach())
@@ -324,9 +352,7 @@ def _blocks(
         far_y = far_y + inside @ v[:, :, :-1]
         far_total = far_total + inside.sum(-1)
     if groups != kv_heads:
-        far_y, far_total = (
-            grouped(regrouped(t), kv_heads) for t in (far_y, far_total[..., None])
-        )
+        far_y, far_total = (grouped(regrouped(t), kv_heads) for t in (far_y, far_total[..., None]))
         far_total = far_total[..., 0]
     y = y + factor[..., None] * far_y
     y = y / (total + factor * far_total)[..., None]
@@ -348,7 +374,7 @@ def _step(
     """One token a row: it goes into its slot, then every slot's rank follows from the count."""
     query, key, value, query_features, key_features, gate = new
     ring_key, ring_value, ring_features, sink_key, sink_value, far_value, far_mass = before
-    scale, window, block_aligned, sinks, reference, far_cap = options
+    scale, window, block_aligned, sinks, reference, _ = options
     ring, kv_heads, groups = ring_key.shape[2], key.shape[1], key_features.shape[1]
     slots, first = (torch.arange(n, device=query.device)[None] for n in (ring, sinks))
     t = count[:, None]
@@ -364,7 +390,7 @@ def _step(
         put(old, fresh, first == t) for old, fresh in ((sink_key, key), (sink_value, value))
     )
     held = t - (t - slots) % ring
-    start = (t // window - 1) * window if block_aligned else t - window + 1
+    start = _start(t, options)
 
     q = (query[:, :, 0] * scale).unflatten(1, (kv_heads, -1))  # [B, Hk, r, D]
     logits = q @ ring_key.mT
@@ -374,10 +400,7 @@ def _step(
         sink_logits = q @ sink_key.mT
         sink_logits = sink_logits.masked_fill((first >= start)[:, None, None], -torch.inf)
         exact, seen = torch.cat([exact, sink_logits], 3), torch.cat([seen, sink_value], 2)
-    far = (start - sinks).clamp_min(0).to(q.dtype)
-    far_log = gate[..., 0] + (
-        (far_cap / far).clamp_max(1).log() if far_cap else torch.zeros_like(far)
-    ).masked_fill(far == 0, -torch.inf)
+    far_log = gate[..., 0] + far_mass_log(t, options).to(gate)
     if reference == "max":
         far_log = far_log + logits.amax(-1).flatten(1)
     elif reference == "mean":

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rewriter.kernels.autograd import register_recompute
+from rewriter.kernels.autograd import register_recompute, register_triton
 from rewriter.kernels.hybrid_attention import cpu
 from rewriter.kernels.mixer import MixerSpec, StateTensor, register_mixer
 
@@ -100,15 +100,14 @@ def _shapes(
     ]
     for name, tensor, shape in given:
         if tensor is not None and tuple(tensor.shape) != shape:
-            raise ValueError(
-                f"hybrid_attention: {name} is {tuple(tensor.shape)}, expected {shape}"
-            )
+            raise ValueError(f"hybrid_attention: {name} is {tuple(tensor.shape)}, expected {shape}")
     if len({t is None for t in state}) > 1:
         raise ValueError("hybrid_attention: give all tensors of the state or none")
     return [(batch, length, heads, out), *shapes]
 
 
 register_recompute(hybrid_attention, cpu.hybrid_attention)
+register_triton(hybrid_attention)
 register_mixer(
     hybrid_attention,
     MixerSpec(

@@ -40,9 +40,7 @@ def hybrid_attention(
         if not bool(real.any()):
             rows.append(value.new_zeros(length, heads, value.shape[-1]))
             continue
-        q, k, v, fq, fk = (
-            t[b][:, real] for t in (query, key, value, query_features, key_features)
-        )
+        q, k, v, fq, fk = (t[b][:, real] for t in (query, key, value, query_features, key_features))
         rank = torch.arange(q.shape[1], device=q.device)
         start = (rank // window - 1) * window if block_aligned else rank - window + 1
         i, j = rank[:, None], rank[None, :]
@@ -58,7 +56,10 @@ def hybrid_attention(
             level = inside.logsumexp(-1) - near.sum(-1).to(q.dtype).log()
         far_log = (gate[b][:, real] + level)[..., None]
         if far_cap:
-            far_log = far_log + (far_cap / far.sum(-1).clamp_min(1).to(q.dtype)).clamp_max(1).log()[:, None]
+            far_log = (
+                far_log
+                + (far_cap / far.sum(-1).clamp_min(1).to(q.dtype)).clamp_max(1).log()[:, None]
+            )
         exact = logits.masked_fill(~(near | sink), -torch.inf)
         top = torch.maximum(exact.amax(-1, keepdim=True), far_log).detach()
         weights = (exact - top).exp() + (far_log - top).exp() * (fq @ fk.mT) * far

@@ -207,21 +207,27 @@ def query_key_gradients(
         gain = tl.load(GAIN + row + rt)
         dk = dk * gain[:, None]
         pairs = pairs * gain[None, :]
-    pairs = tl.where(earlier, pairs, 0.0).to(K.dtype.element_ty)
+    pairs = tl.where(earlier, pairs, 0.0)
     inside = real[:, None] & in_k[None, :]
     q = tl.load(Q + b * qb + (h // per_q) * qh + t[:, None] * qt + rk[None, :],
                 mask=inside, other=0.0)  # fmt: skip
     k = tl.load(K + b * kb + (s // per_k) * kh + t[:, None] * kt + rk[None, :],
                 mask=inside, other=0.0)  # fmt: skip
+    if HAS_DECAY:
+        # q . dq - k . dk, without the pairs (i, i): no decay lies between them, and their equal
+        # shares of both sums would cancel with a rounding error larger than what is left.
+        dg = tl.sum(q.to(tl.float32) * dq - k.to(tl.float32) * dk, 1)
+        share = pairs * tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        share = tl.where(rt[:, None] > rt[None, :], share, 0.0)
+        dg += tl.sum(share, 1) - tl.sum(share, 0)
+        batches = tl.num_programs(2)
+        tl.store(DG + ((tl.program_id(0) * batches + bh) * chunks + c) * BT + rt, dg)
+    pairs = pairs.to(K.dtype.element_ty)
     dq = tl.dot(pairs, k, dq, input_precision=PRECISION)
     dk = tl.dot(tl.trans(pairs), q, dk, input_precision=PRECISION)
     where = ((b * T + t[:, None]) * heads + h) * width_k + rk[None, :]
     tl.store(DQ + where, dq.to(DQ.dtype.element_ty), mask=inside)
     tl.store(DK + where, dk.to(DK.dtype.element_ty), mask=inside)
-    if HAS_DECAY:
-        dg = tl.sum(q.to(tl.float32) * dq - k.to(tl.float32) * dk, 1)
-        batches = tl.num_programs(2)
-        tl.store(DG + ((tl.program_id(0) * batches + bh) * chunks + c) * BT + rt, dg)
 
 
 @kernel

@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from rewriter.kernels.linear_attention import chunked as kernels
-from rewriter.kernels.linear_attention.cpu import LEAST_DECAY
 from rewriter.kernels.linear_attention.recurrent import recurrent as recurrent_kernel
 
+#: Of one token. exp() of it is nothing beside a float32, and what follows keeps its digits.
+LEAST_DECAY = -60.0
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
@@ -31,9 +32,15 @@ def recurrent_tiles(size: int) -> dict[str, Any]:
     return {"BK": channels, "BV": max(8, min(32, 2048 // channels)), "num_warps": 4}
 
 
-def gradient_tiles(dtype: torch.dtype, size: int, width: int) -> dict[str, Any]:
-    """As `tiles`, for the kernels that hold three products at once."""
+def value_tiles(dtype: torch.dtype, size: int, width: int) -> dict[str, Any]:
+    """As `tiles`, for `value_gradients`."""
     return {**tiles(dtype, size, width), "num_warps": 8}
+
+
+def query_key_tiles(dtype: torch.dtype, size: int, width: int) -> dict[str, Any]:
+    """As `tiles`, for `query_key_gradients`, which holds three products at once."""
+    options = tiles(dtype, size, width)
+    return {**options, "BV": min(32, options["BV"]), "num_warps": 8}
 
 
 def per_state(t: Tensor, states: int, chunk: int) -> Tensor:
@@ -44,7 +51,7 @@ def per_state(t: Tensor, states: int, chunk: int) -> Tensor:
 
 def chunk_sums(log_decay: Tensor, states: int, chunk: int) -> Tensor:
     """Sum of the log decays [B, T, heads] since each chunk began, float32 [B, states, padded T]."""
-    # In float64 and not below LEAST: what follows a strong decay would lose all its digits.
+    # The kernels take differences of these sums: added in float64, and none far below 0.
     g = per_state(log_decay.double().clamp(min=LEAST_DECAY), states, chunk)
     return g.unflatten(2, (-1, chunk)).cumsum(3).flatten(2).float()
 
@@ -175,18 +182,18 @@ class _Call:
             )
             for t, size in ((self.q, self.size), (self.k, self.size), (self.v, self.width))
         )  # fmt: skip
-        options = gradient_tiles(self.v.dtype, self.size, self.width)
+        shape = self.v.dtype, self.size, self.width
         padded = (self.batch, self.heads, self.chunks * self.options["BT"])
         dg = self.v.new_empty(self.tiles_k, *padded, dtype=torch.float32)
         kernels.query_key_gradients[(self.tiles_k, self.chunks, self.batch * self.heads)](
             self.q, self.k, self.v, dy, self.given(self.g), self.given(self.gain), enter, leave,
-            dq, dk, dg, *numbers, **self.flags, **options,
+            dq, dk, dg, *numbers, **self.flags, **query_key_tiles(*shape),
         )  # fmt: skip
         dgain = self.v.new_empty(self.tiles_v, *padded, dtype=torch.float32)
         kernels.value_gradients[(self.tiles_v, self.chunks, self.batch * self.heads)](
             self.q, self.k, self.v, dy, self.given(self.g), self.given(self.gain),
             self.given(self.skip), leave, dv, dgain, *numbers,
-            **self.flags, HAS_SKIP=self.skip is not None, **options,
+            **self.flags, HAS_SKIP=self.skip is not None, **value_tiles(*shape),
         )  # fmt: skip
         return (
             *(_shared(d, t) for d, t in ((dq, self.q), (dk, self.k), (dv, self.v))),

@@ -26,10 +26,11 @@ def recurrent(
     rk = tl.arange(0, BK)
     rv = tl.program_id(0) * BV + tl.arange(0, BV)
     in_k, in_v = rk < width_k, rv < width_v
-    tile = bs * width_k * width_v + rk[:, None] * state_k + rv[None, :] * state_v
+    tile = rk[:, None] * state_k + rv[None, :] * state_v
+    base = bs * width_k * width_v
     inside = in_k[:, None] & in_v[None, :]
     if HAS_STATE:
-        state = tl.load(S0 + tile, mask=inside, other=0.0).to(tl.float32)
+        state = tl.load(S0 + base + tile, mask=inside, other=0.0).to(tl.float32)
     else:
         state = tl.zeros([BK, BV], tl.float32)
     q_base = Q + b * qb + rk
@@ -61,4 +62,4 @@ def recurrent(
         q_base += qt
         k_at += kt
         v_at += vt
-    tl.store(FINAL + tile, state, mask=inside)
+    tl.store(FINAL + base + tile, state, mask=inside)

@@ -61,9 +61,7 @@ def forward(
     else:
         chunk = launch.tiles(dtype, k.shape[3], v.shape[3])["BT"]
         g = None if log_decay is None else launch.chunk_sums(log_decay, states, chunk)
-        y, final = launch.Chunked.apply(
-            q, k, v, g, None, None, state, states, scale, normalise
-        )
+        y, final = launch.Chunked.apply(q, k, v, g, None, None, state, states, scale, normalise)
     if not normalise:
         return y, final, final.new_zeros(*final.shape[:2], 0)
     total = y[..., -1:]
@@ -122,8 +120,11 @@ def compilations() -> list[Compilation]:
 
 def chunked_compilation(item: Kernel, dtype: torch.dtype, mamba: bool) -> Compilation:
     """One of the chunked kernels; mamba: with gain and skip."""
-    wide = item in (chunked.query_key_gradients, chunked.value_gradients)
-    options = (launch.gradient_tiles if wide else launch.tiles)(dtype, 128, 64)
+    tiles = {
+        chunked.query_key_gradients: launch.query_key_tiles,
+        chunked.value_gradients: launch.value_tiles,
+    }.get(item, launch.tiles)
+    options = tiles(dtype, 128, 64)
     flags = {
         "HAS_DECAY": True,
         "HAS_GAIN": mamba,
@@ -150,7 +151,9 @@ def _compilation(
     names = item.arg_names
     wide = {"G", "GAIN", "BETA", "SKIP", "S0", "FINAL", "DFINAL", "DS0", "DG", "DGAIN"}
     pointers = {
-        n: "*fp32" if n in wide else f"*{TYPES[dtype]}" for n in names if n[0].isupper() and n != "T"
+        n: "*fp32" if n in wide else f"*{TYPES[dtype]}"
+        for n in names
+        if n[0].isupper() and n != "T"
     }
     constants = {n: v for n, v in values.items() if n in names}
     pointers = {n: t for n, t in pointers.items() if n not in constants}

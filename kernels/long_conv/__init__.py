@@ -9,9 +9,7 @@ from rewriter.kernels.long_conv import op
 __all__ = ["long_conv"]
 
 
-def long_conv(
-    u: Tensor, kernel: Tensor, before: int = 0, mask: Tensor | None = None
-) -> Tensor:
+def long_conv(u: Tensor, kernel: Tensor, before: int = 0, mask: Tensor | None = None) -> Tensor:
     """y_t = sum_s kernel[:, t - s + before] u_s, channel by channel; terms outside are 0.
 
     Causal with before = 0 (an S4 kernel [H, T]). With before = T - 1 and a kernel [H, 2T - 1] it

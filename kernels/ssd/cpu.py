@@ -31,9 +31,7 @@ def ssd(
         if x.shape[1] == 1:
             y, state = _step(values, dt, A, B, C, state)
         else:
-            y, last, _ = chunked(
-                C, B, values, dt * A, None, state.mT, None, gain=dt, chunk=chunk
-            )
+            y, last, _ = chunked(C, B, values, dt * A, None, state.mT, None, gain=dt, chunk=chunk)
             state = last.mT
         if D is not None:
             y.addcmul_(D.to(wide)[:, None], values)

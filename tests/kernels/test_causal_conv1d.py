@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from forms import assert_close, triton_form, values_and_gradients, with_junk
 from torch import Tensor
 
 from rewriter.kernels.causal_conv1d import causal_conv1d, reference
+from rewriter.kernels.causal_conv1d import triton as kernels
+
+pytestmark = pytest.mark.usefixtures("poison")
 
 CHANNELS = 6
 NAMES = ("x", "weight", "bias", "state")
@@ -27,27 +31,6 @@ def written_out(x, weight, bias, state, mask=None, activation="silu"):
     return y.transpose(1, 2), inputs[..., x.shape[1] :]
 
 
-def assert_close(actual: Tensor, expected: Tensor, name: str = "", limit: float = 1e-5) -> None:
-    """Relative root mean square error."""
-    assert actual.shape == expected.shape, name
-    if expected.numel():
-        error = (actual.double() - expected.double()).square().mean().sqrt()
-        scale = expected.double().square().mean().sqrt()
-        assert error <= limit * scale, f"{name}: {error / scale:.2e}"
-
-
-def values_and_gradients(form, inputs: dict[str, Tensor], **options):
-    leaves = {n: t.detach().clone().requires_grad_() for n, t in inputs.items()}
-    y, final = form(**leaves, **options)
-    g = torch.Generator().manual_seed(9)
-    loss = sum(
-        (o * torch.randn(o.shape, generator=g, dtype=torch.float64).to(o.dtype)).sum()
-        for o in (y, final)
-    )
-    gradients = torch.autograd.grad(loss, list(leaves.values()))
-    return {"y": y, "final": final, **dict(zip(leaves, gradients, strict=True))}
-
-
 def compare(form, inputs: dict[str, Tensor], **options) -> None:
     wide = {n: t.double() for n, t in inputs.items()}
     truth = values_and_gradients(written_out, wide, **options)
@@ -61,6 +44,25 @@ def compare(form, inputs: dict[str, Tensor], **options) -> None:
 @pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 197])
 def test_op_equals_reference(length: int, k: int, activation: str) -> None:
     compare(causal_conv1d, make(length, k), activation=activation)
+
+
+@pytest.mark.parametrize("activation", ["silu", "none"])
+@pytest.mark.parametrize("k", [1, 2, 4])
+@pytest.mark.parametrize("length", [1, 2, 17, 63])
+def test_triton_equals_reference(length: int, k: int, activation: str) -> None:
+    compare(triton_form(kernels), make(length, k), activation=activation)
+
+
+@pytest.mark.parametrize("form", [causal_conv1d, triton_form(kernels)])
+def test_masked_tokens_are_inert_whatever_they_hold(form) -> None:
+    inputs = make(21)
+    mask = torch.rand(2, 21, generator=torch.Generator().manual_seed(1)) < 0.6
+    compare(form, inputs, mask=mask, activation="silu")
+    junk = with_junk(inputs, mask, ("x",))
+    actual, expected = (
+        values_and_gradients(form, i, mask=mask, activation="silu") for i in (junk, inputs)
+    )
+    assert all(torch.equal(actual[n], expected[n]) for n in expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int64])
@@ -134,9 +136,10 @@ def test_rows_are_independent() -> None:
 
 def test_low_precision() -> None:
     inputs = make(20)
-    y, final = causal_conv1d(**{n: t.bfloat16() for n, t in inputs.items()})
-    assert y.dtype == final.dtype == torch.bfloat16
-    assert_close(y, written_out(**inputs)[0], limit=1e-2)
+    for form in (causal_conv1d, kernels.forward):
+        y, final = form(**{n: t.bfloat16() for n, t in inputs.items()})
+        assert y.dtype == final.dtype == torch.bfloat16
+        assert_close(y, written_out(**inputs)[0], limit=1e-2)
 
 
 def test_wrong_arguments_are_named() -> None:

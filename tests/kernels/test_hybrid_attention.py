@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rewriter.kernels.hybrid_attention import HybridState, hybrid_attention, reference
+from rewriter.kernels.hybrid_attention import HybridState, hybrid_attention, reference, triton
 
 HEADS, KV_HEADS, WIDTH, OUT, SIZE, WINDOW, SINKS = 4, 2, 8, 6, 10, 16, 3
 NAMES = ("query", "key", "value", "query_features", "key_features", "gate")
@@ -148,7 +148,9 @@ def test_state_is_what_it_says(length: int, block_aligned: bool) -> None:
     assert ring == (2 * WINDOW if block_aligned else WINDOW)
     for rank in range(length - ring, length):
         assert torch.equal(state.ring_key[:, :, rank % ring], inputs["key"][:, :, rank])
-        assert torch.equal(state.ring_features[:, :, rank % ring], inputs["key_features"][:, :, rank])
+        assert torch.equal(
+            state.ring_features[:, :, rank % ring], inputs["key_features"][:, :, rank]
+        )
     assert torch.equal(state.sink_value, inputs["value"][:, :, :SINKS])
     assert state.count.tolist() == [length, length]
 
@@ -171,9 +173,7 @@ def test_beam_reorder_and_batch_independence() -> None:
     state = HybridState(*(t[kept] for t in state))
     rest = {n: t[kept] for n, t in cut(inputs, 45, 50).items()}
     y, _ = hybrid_attention(**rest, mask=mask[kept, 45:], state=state, **options())
-    whole, _ = hybrid_attention(
-        **{n: t[1:] for n, t in inputs.items()}, mask=mask[1:], **options()
-    )
+    whole, _ = hybrid_attention(**{n: t[1:] for n, t in inputs.items()}, mask=mask[1:], **options())
     for row in y:
         assert_close(row, whole[0, 45:])
 
@@ -222,6 +222,59 @@ def test_low_precision_keeps_the_state_in_float32() -> None:
     assert_close(y, truth, limit=5e-3)
     steps, _ = in_pieces(inputs, None, [33, 1], **options())
     assert_close(steps, truth, limit=5e-3)
+
+
+def by_triton(
+    inputs: dict[str, Tensor], mask: Tensor | None, state: Any, chosen: dict[str, Any]
+) -> tuple[Tensor, HybridState]:
+    names = ("scale", "window", "block_aligned", "sinks", "reference", "far_cap")
+    before = state if state is not None else (None,) * 8
+    y, *after = triton.forward(*inputs.values(), mask, *before, *(chosen[n] for n in names))
+    return y, HybridState(*after)
+
+
+@pytest.mark.parametrize("groups", [KV_HEADS, HEADS])
+@pytest.mark.parametrize("kind", KINDS)
+def test_triton_equals_reference(kind: tuple[bool, str], groups: int) -> None:
+    inputs = make(61, groups, seed=4)
+    for pad, other in (("none", {}), ("left", {"sinks": 0}), ("random", {"window": 21})):
+        mask, chosen = padding(pad, 61), options(*kind, **other)
+        wide = {n: t.double() for n, t in inputs.items()}
+        truth = reference.hybrid_attention(**wide, mask=mask, **chosen)
+        y, state = by_triton(inputs, mask, None, chosen)
+        assert_close(y, truth, pad)
+        assert_same_state(state, hybrid_attention(**inputs, mask=mask, **chosen)[1])
+        first, middle = by_triton(cut(inputs, 0, 40), mask if mask is None else mask[:, :40],
+                                  None, chosen)  # fmt: skip
+        second, last = by_triton(cut(inputs, 40, 61), mask if mask is None else mask[:, 40:],
+                                 middle, chosen)  # fmt: skip
+        assert_close(torch.cat([first, second], 1), truth, pad)
+        assert_same_state(last, state)
+
+
+def test_triton_in_bfloat16_is_close() -> None:
+    inputs = {n: t.bfloat16() if n != "gate" else t for n, t in make(70).items()}
+    truth = reference.hybrid_attention(**{n: t.double() for n, t in inputs.items()}, **options())
+    y, state = by_triton(inputs, None, None, options())
+    assert y.dtype == torch.bfloat16 and state.far_value.dtype == torch.float32
+    assert_close(y, truth, limit=8e-3)
+
+
+def test_triton_backward_and_compilations() -> None:
+    inputs = make(40)
+    names = ("scale", "window", "block_aligned", "sinks", "reference", "far_cap")
+    rest = [options()[n] for n in names]
+    leaves = {n: t.clone().requires_grad_() for n, t in inputs.items()}
+    y, _ = hybrid_attention(**leaves, **options())
+    truth = torch.autograd.grad(y.square().sum(), list(leaves.values()))
+    grads = (2 * y.detach(), *[None] * 8)
+    found = triton.backward(grads, *inputs.values(), *[None] * 9, *rest)
+    for name, left, right in zip(NAMES, found, truth, strict=False):
+        assert left is not None
+        assert_close(left, right, name)
+    assert found[6:] == (None,) * 15
+    kernels = {c.kernel for c in triton.compilations()}
+    assert kernels == {triton.enter_states, triton.outputs}
 
 
 def test_registration() -> None:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
+
+import forms
 import pytest
 import torch
+from forms import assert_close
 from torch import Tensor
 
 from rewriter.kernels.ssd import cpu, reference, ssd
+from rewriter.kernels.ssd import triton as kernels
+
+pytestmark = pytest.mark.usefixtures("poison")
 
 HEADS, WIDTH, SIZE = 4, 5, 7
 NAMES = ("x", "dt", "A", "B", "C", "D", "state")
@@ -34,37 +41,56 @@ def cut(inputs: dict[str, Tensor], start: int, stop: int, state: Tensor) -> dict
     return {**inputs, **parts, "state": state}
 
 
-def assert_close(actual: Tensor, expected: Tensor, name: str = "", limit: float = 1e-5) -> None:
-    """Relative root mean square error."""
-    assert actual.shape == expected.shape, name
-    error = (actual.double() - expected.double()).square().mean().sqrt()
-    scale = expected.double().square().mean().sqrt()
-    assert error <= limit * scale, f"{name}: {error / scale:.2e}"
-
-
-def values_and_gradients(form, inputs: dict[str, Tensor], mask: Tensor | None = None):
-    leaves = {n: t.detach().clone().requires_grad_() for n, t in inputs.items()}
-    y, final = form(**leaves, mask=mask)
-    g = torch.Generator().manual_seed(9)
-    loss = sum(
-        (o * torch.randn(o.shape, generator=g, dtype=torch.float64).to(o.dtype)).sum()
-        for o in (y, final)
-    )
-    gradients = torch.autograd.grad(loss, list(leaves.values()))
-    return {"y": y, "final": final, **dict(zip(leaves, gradients, strict=True))}
-
-
 def compare(form, inputs: dict[str, Tensor], mask: Tensor | None = None) -> None:
-    truth = values_and_gradients(reference.ssd, {n: t.double() for n, t in inputs.items()}, mask)
-    actual = values_and_gradients(form, inputs, mask)
-    for name, value in actual.items():
-        assert_close(value, truth[name], name)
+    forms.compare(form, reference.ssd, inputs, mask=mask)
 
 
 @pytest.mark.parametrize("groups", [1, 2, HEADS])
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 197])
 def test_op_equals_reference(length: int, groups: int) -> None:
     compare(ssd, make(length, groups))
+
+
+@pytest.mark.parametrize("groups", [1, 2, HEADS])
+@pytest.mark.parametrize("length", [1, 63, 67, 130])
+def test_triton_equals_reference(length: int, groups: int) -> None:
+    compare(forms.triton_form(kernels), make(length, groups, batch=1))
+
+
+@pytest.mark.parametrize("width", [48, 64, 80, 128])
+def test_triton_widths(width: int) -> None:
+    inputs = make(33, 1, batch=1)
+    normal = partial(torch.randn, generator=torch.Generator().manual_seed(2))
+    inputs |= {"x": normal(1, 33, HEADS, width), "state": normal(1, HEADS, width, width)}
+    inputs |= {"B": normal(1, 33, 1, width), "C": normal(1, 33, 1, width)}
+    compare(forms.triton_form(kernels), inputs)
+
+
+def test_triton_steps_equal_the_chunked_kernels() -> None:
+    inputs = make(35, batch=1)
+    chunked = kernels.forward(**inputs, one_by_one=False)
+    for a, e in zip(kernels.forward(**inputs, one_by_one=True), chunked, strict=True):
+        assert_close(a, e)
+    few = {n: inputs[n] for n in ("x", "dt", "A", "B", "C")}
+    zeros = {n: torch.zeros_like(inputs[n]) for n in ("D", "state")}
+    for a, e in zip(kernels.forward(**few), reference.ssd(**few, **zeros), strict=True):
+        assert_close(a, e)
+
+
+@pytest.mark.parametrize("form", [ssd, forms.triton_form(kernels)])
+@pytest.mark.parametrize("length", [1, 40])
+def test_masked_tokens_are_inert_whatever_they_hold(length: int, form) -> None:
+    inputs = make(length)
+    mask = torch.rand(2, length, generator=torch.Generator().manual_seed(1)) < 0.6
+    junk = forms.with_junk(inputs, mask, ("x", "dt", "B", "C"))
+    compare(form, inputs, mask)
+    actual, expected = form(**junk, mask=mask), form(**inputs, mask=mask)
+    for a, e in zip(actual, expected, strict=True):
+        assert torch.equal(a, e)
+    assert not actual[0][~mask].any()
+    leaves = {n: t.requires_grad_() for n, t in junk.items()}
+    form(**leaves, mask=mask)[0].sum().backward()
+    assert all(bool(t.grad.isfinite().all()) for t in leaves.values())
 
 
 @pytest.mark.parametrize("chunk", [1, 16, 256])
@@ -172,13 +198,16 @@ def test_strong_decay_stays_finite() -> None:
     inputs = make(130)
     inputs["dt"] = inputs["dt"] + 20  # exp(-l) alone would overflow
     compare(ssd, inputs)
+    compare(forms.triton_form(kernels), inputs)
 
 
 def test_low_precision_keeps_a_float32_state() -> None:
     inputs = make(70)
-    y, final = ssd(**{n: t.bfloat16() if n in ("x", "B", "C") else t for n, t in inputs.items()})
-    assert (y.dtype, final.dtype) == (torch.bfloat16, torch.float32)
-    assert_close(y, reference.ssd(**inputs)[0], limit=1e-2)
+    low = {n: t.bfloat16() if n in ("x", "B", "C") else t for n, t in inputs.items()}
+    for form in (ssd, kernels.forward):
+        y, final = form(**low)
+        assert (y.dtype, final.dtype) == (torch.bfloat16, torch.float32)
+        assert_close(y, reference.ssd(**inputs)[0], limit=1e-2)
 
 
 def test_autocast_leaves_the_recurrence_in_float32() -> None:
