@@ -7,6 +7,7 @@ every chunk, is ever stored.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,11 +43,10 @@ def linear_attention(
             z = None
         elif z is None:
             z = v.new_zeros(size, dtype=wide)
-        inputs = inert(mask, q, k, v, log_decay, beta)
-        inputs = [None if t is None else t.to(wide) for t in inputs]
-        y, state, z = chunked(
-            *inputs, state.to(wide), None if z is None else z.to(wide), scale=scale, chunk=chunk
-        )
+        real = inert(mask, q, k, v, log_decay, beta)
+        tokens: list[Any] = [None if t is None else t.to(wide) for t in real]
+        sums = None if z is None else z.to(wide)
+        y, state, z = chunked(*tokens, state.to(wide), sums, scale, None, chunk)
         return y.to(v.dtype), state, v.new_zeros(*size[:2], 0, dtype=wide) if z is None else z
 
 

@@ -73,6 +73,8 @@ def _check(
     z: Tensor | None,
     mask: Tensor | None,
 ) -> None:
+    name: str
+    tensor: Tensor | None
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.dim() != 4:
             raise ValueError(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 
-def inert(mask: Tensor | None, *tensors: Tensor | None) -> list[Tensor | None]:
+def inert(mask: Tensor | None, *tensors: Tensor | None) -> list[Any]:
     """Tensors [B, T, ...] with zeros where the mask [B, T] is 0, whatever they hold there."""
     if mask is None:
         return list(tensors)
@@ -38,10 +40,11 @@ def linear_attention(
     S = state_heads(k, v, log_decay, beta)
     H = max(q.shape[2], S)
     q, k, v, log_decay, beta = inert(mask, q, k, v, log_decay, beta)
-    k, v, g, b = (
+    repeated: list[Any] = [
         None if t is None else t.repeat_interleave(S // t.shape[2], 2)
         for t in (k, v, log_decay, beta)
-    )
+    ]
+    k, v, g, b = repeated
     q = q.repeat_interleave(H // q.shape[2], 2)
     if state is None:
         state = v.new_zeros(v.shape[0], S, k.shape[3], v.shape[3])

@@ -34,7 +34,7 @@ def s4d(
         (values,) = inert(mask, u.to(wide))
         A, B, C = (torch.view_as_complex(t.to(wide).contiguous()) for t in (A, B, C))
         # Phases of many turns: float64 here costs nothing, the tensors are [H, N].
-        log_a, b = discretise(A.cdouble(), B.cdouble(), dt.double(), method)
+        log_a, b = discretise(A.to(torch.complex128), B.to(torch.complex128), dt.double(), method)
         before = None if state is None else torch.view_as_complex(state.to(wide).contiguous())
         if mask is None:
             y, last = _sequence(values, log_a, b.to(C.dtype), C, before, None)
