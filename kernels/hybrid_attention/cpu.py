@@ -43,7 +43,7 @@ def hybrid_attention(
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
     types = (key.dtype, value.dtype, key_features.dtype, key.dtype, value.dtype)
     options = (scale, window, block_aligned, sinks, reference, far_cap)
-    with torch.autocast(query.device.type, enabled=False):
+    with torch.autocast(query.device.type, torch.bfloat16, enabled=False):
         one = query.shape[2] == 1
         keep = blocks is not None and not one
         new = (query, key, value, query_features, key_features)

@@ -46,7 +46,7 @@ def linear_attention(
         real = inert(mask, q, k, v, log_decay, beta)
         tokens: list[Any] = [None if t is None else t.to(wide) for t in real]
         sums = None if z is None else z.to(wide)
-        y, state, z = chunked(*tokens, state.to(wide), sums, scale, None, chunk)
+        y, state, z = chunked(*tokens, state=state.to(wide), z=sums, scale=scale, chunk=chunk)
         return y.to(v.dtype), state, v.new_zeros(*size[:2], 0, dtype=wide) if z is None else z
 
 
