@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from rewriter.calibration import copy_module
@@ -136,61 +137,53 @@ def _match(node: Node) -> _Match | None:
 
 
 def _pack(graph: Graph, matches: list[_Match], pivot: bool) -> None:
-    fx = graph.module.graph
-    place = next(n for n in fx.nodes if n in {m.start for m in matches})
-    tensor = graph.tensor
+    """One call for the matches, which read one input, in place of the first of them."""
+    fx, tensor = graph.module.graph, graph.tensor
+    ranks = [tensor(m.first).shape[0] for m in matches]
     factors = [
-        tensor(m.second)
-        if m.second is not None
-        else tensor(m.first).new_empty(0, len(tensor(m.first)))
-        for m in matches
+        tensor(m.first).new_empty(0, r) if m.second is None else tensor(m.second)
+        for m, r in zip(matches, ranks, strict=True)
     ]
-    widths = [f.shape[0] + (f.shape[1] if pivot else 0) for f in factors]
+    widths = [f.shape[0] + (r if pivot else 0) for f, r in zip(factors, ranks, strict=True)]
     name = str(matches[0].first.target).rpartition(".")[0]
-    with fx.inserting_before(place):
-        if len(matches) == 1:
-            (m,) = matches
-            first, second, bias, order = m.first, [m.second], m.bias, m.order
-            # the get_attr nodes may stand further down than the call that now reads them
-            first, bias, order = (
-                None if n is None else fx.get_attr(str(n.target)) for n in (first, bias, order)
-            )
-            second = [
-                graph.add_tensor(f"{name}.rest", factors[0])
-                if n is None
-                else fx.get_attr(str(n.target))
-                for n in second
+    starts = {m.start for m in matches}
+    with fx.inserting_before(next(n for n in fx.nodes if n in starts)):
+
+        def stacked(what: str, nodes: list[Node], values: list[Tensor]) -> Node:
+            if len(values) == 1 and len(nodes) == 1:  # again: it may stand further down
+                return fx.get_attr(str(nodes[0].target))
+            return graph.add_tensor(f"{name}.{what}", torch.cat(values))
+
+        first = stacked("first", [m.first for m in matches], [tensor(m.first) for m in matches])
+        second = [
+            graph.add_tensor(f"{name}.rest_{i}", factors[i])
+            if m.second is None
+            else fx.get_attr(str(m.second.target))
+            for i, m in enumerate(matches)
+        ]
+        bias = order = None
+        biases = [m.bias for m in matches if m.bias is not None]
+        if biases:
+            zeros = [factors[0].new_zeros(w) for w in widths]
+            values = [
+                z if m.bias is None else tensor(m.bias) for m, z in zip(matches, zeros, strict=True)
             ]
-        else:
-            first = graph.add_tensor(
-                f"{name}.stacked", torch.cat([tensor(m.first) for m in matches])
-            )
-            second = [
-                graph.add_tensor(f"{name}.rest_{i}", factors[i])
-                if m.second is None
-                else fx.get_attr(str(m.second.target))
-                for i, m in enumerate(matches)
-            ]
-            bias = order = None
-            if any(m.bias is not None for m in matches):
-                parts = [
-                    factors[0].new_zeros(w) if m.bias is None else tensor(m.bias)
-                    for m, w in zip(matches, widths, strict=True)
-                ]
-                bias = graph.add_tensor(f"{name}.stacked_bias", torch.cat(parts))
-            if pivot:
-                starts = [sum(widths[:i]) for i in range(len(widths))]
-                orders = [tensor(m.order) + s for m, s in zip(matches, starts, strict=True)]  # type: ignore[arg-type]
-                order = graph.add_tensor(f"{name}.stacked_order", torch.cat(orders))
+            bias = stacked("biases", biases, values)
+        orders = [m.order for m in matches if m.order is not None]
+        if orders:
+            before = [sum(widths[:i]) for i in range(len(widths))]
+            moved = [tensor(o) + s for o, s in zip(orders, before, strict=True)]
+            order = stacked("orders", orders, moved)
         path = path_of(matches[0].output)
         call = graph.call(LOW_RANK, matches[0].x, first, second, bias, order, path=path)
-        parts = [call]
+        outputs = [call]
         if len(matches) > 1:
             split = graph.call(aten.split_with_sizes.default, call, widths, -1, path=path)
-            parts = [graph.call(operator.getitem, split, i, path=path) for i in range(len(matches))]
-    for match, part in zip(matches, parts, strict=True):
-        part.meta["val"] = match.output.meta.get("val")
-        match.output.replace_all_uses_with(part)
+            count = range(len(matches))
+            outputs = [graph.call(operator.getitem, split, i, path=path) for i in count]
+    for match, output in zip(matches, outputs, strict=True):
+        output.meta["val"] = match.output.meta.get("val")
+        match.output.replace_all_uses_with(output)
 
 
 def _forget_unused(graph: Graph) -> None:

@@ -26,7 +26,7 @@ class TritonModel(RewrittenModel):
 
     def __init__(self, config: Any, graph: Graph) -> None:
         super().__init__(config, graph)
-        self.body = _Body(graph)
+        self.body: Any = _Body(graph)
         #: Whether decoding uses fixed buffers: on a GPU, where the graph allows it.
         self.fixed_decode: bool | None = None
         self._may_fix = decode.can_be_fixed(graph)

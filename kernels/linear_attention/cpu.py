@@ -43,11 +43,14 @@ def linear_attention(
             z = None
         elif z is None:
             z = v.new_zeros(size, dtype=wide)
-        real = inert(mask, q, k, v, log_decay, beta)
+        dtype, real = v.dtype, inert(mask, q, k, v, log_decay, beta)
         tokens: list[Any] = [None if t is None else t.to(wide) for t in real]
+        q, k, v, log_decay, beta = tokens
         sums = None if z is None else z.to(wide)
-        y, state, z = chunked(*tokens, state=state.to(wide), z=sums, scale=scale, chunk=chunk)
-        return y.to(v.dtype), state, v.new_zeros(*size[:2], 0, dtype=wide) if z is None else z
+        y, state, z = chunked(
+            q, k, v, log_decay, beta, state.to(wide), sums, scale=scale, chunk=chunk
+        )
+        return y.to(dtype), state, v.new_zeros(*size[:2], 0, dtype=wide) if z is None else z
 
 
 def chunked(
