@@ -76,7 +76,7 @@ class Kernel(JITFunction):
             if CONFIGURATIONS:
                 kwargs |= CONFIGURATIONS.get(launch_key(self, args, kwargs), {})
             return super().run(*args, grid=grid, warmup=warmup, **kwargs)
-        _patch_bf16()
+        _repair()
         kept = {k: v for k, v in kwargs.items() if k not in COMPILE_OPTIONS}
         with torch.no_grad(), _interpreting():
             return self.interpreted[grid](*args, **kept)
@@ -129,9 +129,12 @@ def _call_interpreted(self: JITFunction[Any], *args: Any, **kwargs: Any) -> Any:
     return InterpretedFunction(self.fn).rewrite()(*args, **kwargs)
 
 
-def _patch_bf16() -> None:
-    """The interpreter holds bf16 as uint16 bits: `tl.dot` multiplies the bits, and a conversion
-    cuts them off. Multiply widened values, and round to the nearest, as a GPU does."""
+def _repair() -> None:
+    """Mend the interpreter, once.
+
+    It holds bf16 as uint16 bits: `tl.dot` multiplies the bits, and a conversion cuts them off.
+    Multiply widened values, and round to the nearest, as a GPU does.
+    """
     builder = interpreter.InterpreterBuilder
     original_dot, original_cast = builder.create_dot, builder.cast_impl
     if getattr(original_dot, "_patched", False):
@@ -154,5 +157,12 @@ def _patch_bf16() -> None:
             return interpreter.TensorHandle(near, tl.bfloat16)
         return original_cast(self, src, dst_type)
 
+    original_tensor = interpreter._patch_lang_tensor
+
+    def patch_tensor(tensor: Any, scope: Any) -> None:
+        original_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
     create_dot._patched = True  # type: ignore[attr-defined]
     builder.create_dot, builder.cast_impl = create_dot, cast
+    interpreter._patch_lang_tensor = patch_tensor  # triton 3.6 and numpy 2.4: bounds of a loop

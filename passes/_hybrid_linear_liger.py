@@ -7,7 +7,6 @@ the identity at the published sizes).
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from rewriter.graph import ATTENTION, ATTENTION_ARGS, Attention, Graph, argument
 from rewriter.kernels.attention import reference as softmax_reference
 from rewriter.kernels.linear_attention import reference as linear_reference
 from rewriter.passes._region import ROLES as NAMES
-from rewriter.passes._region import Region, find_region
+from rewriter.passes._region import Caller, Region, find_region
 
 LINEAR_ATTENTION = torch.ops.rewriter.linear_attention.default
 ROLES = tuple(f"{name}_projection" for name in NAMES)
@@ -47,7 +46,7 @@ def reads(region: Region) -> dict[str, str]:
     return {f"{n}_projection": region.projection(n).node.name for n in NAMES}
 
 
-def _branch(call: Callable[..., Any], rows: dict[str, Any], region: Region, c: Any) -> list[Any]:
+def _branch(call: Any, rows: dict[str, Any], region: Region, c: Any) -> list[Any]:
     """q, k, v [B, L, heads, D] and the log decay of the linear branch; nodes or tensors."""
 
     def heads(name: str) -> Any:
@@ -59,10 +58,8 @@ def _branch(call: Callable[..., Any], rows: dict[str, Any], region: Region, c: A
         return call(aten.unflatten.int, value, 2, [number, region.width])
 
     def index(name: str) -> Any:
-        tensor = getattr(call, "tensor", None)
-        if tensor is None:
-            return region.rows[name]
-        return call.graph.add_tensor(f"{call.path}.{name}_rows", region.rows[name])  # type: ignore[attr-defined]
+        rows = region.rows[name]
+        return call.tensor(f"{name}_rows", rows) if isinstance(call, Caller) else rows
 
     query, key, value = (heads(name) for name in NAMES)
     softplus = call(aten.softplus.default, call(aten.neg.default, key))
@@ -70,7 +67,7 @@ def _branch(call: Callable[..., Any], rows: dict[str, Any], region: Region, c: A
     return [*(call(aten.softmax.int, t, -1) for t in (query, key)), value, decay]
 
 
-def build(call: Callable[..., Any], a: Attention, mask: Node | None, c: Any) -> Node:
+def build(call: Any, a: Attention, mask: Node | None, c: Any) -> Node:
     """Append the two branches and their mean; mask: [B, L] of this call's tokens."""
     region = region_of(a)
     rows = {f"{n}_projection": region.projection(n).node for n in NAMES}

@@ -37,7 +37,7 @@ class Config(PassConfig):
     """Options of `hybrid_linear`.
 
     variant: shared_normaliser, or liger: the mean of a sliding softmax window and gated linear
-        attention over all tokens, of keys and queries before their positions; no new tensor.
+        attention over all tokens, of keys and queries before their positions; no new parameter.
         As published with sinks: 0. Its own options are gate_normaliser (the log decay of a key
         channel is logsigmoid(k) / 16) and mix (the share of the linear part); of the others it
         has window and sinks only.
@@ -112,6 +112,7 @@ class HybridLinear(Pass):
     name, contract = "hybrid_linear", Contract.NEEDS_RECOVERY
     Config = Config
     needs_calibration = True
+    learning_rates = {"transfer": {"new": 3e-3, "copied": 2e-4, "gate": 1e-2}}
 
     def __init__(self, config: PassConfig | None = None, **options: Any) -> None:
         super().__init__(config, **options)
@@ -152,7 +153,8 @@ class HybridLinear(Pass):
                 given = {n: argument(site.node, n) for n in ARGUMENTS}
                 seen = [tuple(v[given[n]] for n in ARGUMENTS[:3]) for v in values]
                 reads = {n: node.name for n, node in given.items() if node is not None}
-                maps, facts = None, {}
+                maps: Maps | None = None
+                facts: dict[str, Any] = {}
                 if self.config.variant == "liger":
                     region = liger.region_of(_attention(graph, site))
                     self._regions[site.name] = region

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import triton.testing
@@ -60,11 +61,9 @@ def _best(
 ) -> dict[str, int]:
     times = {}
     for number, options in enumerate(found := candidates(kwargs)):
-        given = kwargs | options
+        given = {**kwargs, **options, "grid": grid, "warmup": False}
         try:
-            times[number] = bench(
-                lambda g=given: JITFunction.run(kernel, *args, grid=grid, warmup=False, **g)
-            )
+            times[number] = bench(partial(JITFunction.run, kernel, *args, **given))
         except (triton.runtime.errors.OutOfResources, RuntimeError):
             if number == 0:
                 raise  # the launch itself does not work

@@ -74,15 +74,15 @@ def nth(
         skip = low if MODE == PARTIAL_TILES else 0  # low: how many full blocks come first
         if BLOCK_K % BN == 0:
             block = tl.load(INDEX + plan_row * KMAX + skip + j // (BLOCK_K // BN))
-            return block * BLOCK_K + j % (BLOCK_K // BN) * BN + i
+            return tl.multiple_of(block * BLOCK_K + j % (BLOCK_K // BN) * BN, BN) + i
         e = j * BN + i
         block = tl.load(
             INDEX + plan_row * KMAX + skip + e // BLOCK_K, mask=e // BLOCK_K < listed, other=0
         )
         return tl.where(e // BLOCK_K < listed, block * BLOCK_K + e % BLOCK_K, S)
-    if MODE == FULL_TILES:
-        return low + (left + j) * BN + i
-    return low + tl.where(j < left, j, j - left + right) * BN + i
+    if MODE != FULL_TILES:
+        j = tl.where(j < left, j, j - left + right) - left
+    return tl.multiple_of(low + (left + j) * BN, BN) + i
 
 
 @kernel

@@ -72,7 +72,8 @@ def launch(kernel: Kernel, grid: tuple[int, ...], *args: Any, **constants: Any) 
 
 
 def on_gpu(x: Tensor) -> bool:
-    return for_gpu(x) or _recorded is not None
+    """Whether tiles are for a GPU; the interpreter wants few and large ones."""
+    return for_gpu(x) or _recorded is not None or torch.cuda.is_available()
 
 
 def power(n: int, least: int = 16) -> int:
@@ -168,7 +169,7 @@ class Problem:
             self.query, self.key, self.value, output, lse, *self._lists(), *self._masks(),
             None if splits > 1 else self.sink, self.start, *self._strides(), self.scale,
             self.softcap, self.window, self.batch, *self._sizes(),
-            **self._constants(), **tile, **self._options(forward=True),
+            **self._constants(), **tile, **self._options(8 if tile["BM"] >= 128 or self._widest() > 64 else 4),
         )  # fmt: skip
         if splits == 1:
             return output[0], lse[0]
@@ -205,7 +206,7 @@ class Problem:
             self.query, self.key, self.value, grad, lse, delta, dq, dbias, *self._lists(),
             *self._masks(), self.start, *self._strides(), *self._spread(dbias), self.scale,
             self.softcap, self.window, *self._sizes(),
-            **self._constants(), **tile, **self._options(forward=False),
+            **self._constants(), **tile, **self._options(8 if self._widest() > 64 else 4),
         )  # fmt: skip
         self._backward_keys(grad, lse, delta, dk, dv, rows, None)
         if some:
@@ -235,12 +236,14 @@ class Problem:
         together = self.heads // self.groups if columns is None else 1
         row_blocks = spans = None
         count = self.keys if columns is None else columns.shape[2]
-        most = 32 if self.key.dtype == torch.float32 and on_gpu(self.key) else 64
-        keys = most
+        most = keys = 64
+        if on_gpu(self.key):  # two tiles of keys and two of sums must fit in registers
+            small = self.key.dtype == torch.float32 or self._widest() > 64
+            most, keys = 32, 32 if small else 64
         if columns is None and self.index is not None:
             assert self.count is not None and self.full is not None
             row_blocks, spans = transposed(self.index, self.count, self.full, self.tiles_k)
-            keys = self.block_k if self.block_k <= most else math.gcd(self.block_k, most)
+            keys = self.block_k if self.block_k <= keys else math.gcd(self.block_k, keys)
         grid = (-(-count // keys), self.batch * self.heads // together)
         masks = self._masks()
         dense = self.index is None
@@ -252,14 +255,15 @@ class Problem:
             self.heads, self.groups, self.plan_heads, int(self.plan_batch > 1), self.length,
             self.keys, self.tiles_q, self.tiles_k, 0 if columns is None else columns.shape[2],
             **(self._constants() | {"SINKS": self.kind is not None and self.window > 0}),
-            HEADS=together, KEYS=keys, BM=most, BN=power(keys), **self._options(forward=False),
+            HEADS=together, KEYS=keys, BM=most, BN=power(keys), **self._options(8),
             SCATTERED=self.scattered and dense,
         )  # fmt: skip
 
     def _rows(self, forward: bool) -> dict[str, Any]:
         """How rows and heads make a tile, and what its walk over keys looks like."""
-        wide = self.query.dtype == torch.float32 and on_gpu(self.query)
-        most = 32 if wide else (128 if forward else 64)
+        gpu, wide = on_gpu(self.query), self.query.dtype == torch.float32
+        most = 32 if wide and gpu else (128 if forward else 64)
+        narrow = gpu and (wide or (self._widest() > 64 and not forward))
         group = self.heads // self.groups
         pack, rows = 1, most
         if self.index is None:
@@ -272,7 +276,7 @@ class Problem:
         dense = self.index is None
         columns = self.columns is not None
         return {
-            "ROWS": rows, "PACK": pack, "BM": power(rows * pack), "BN": 32 if wide else 64,
+            "ROWS": rows, "PACK": pack, "BM": power(rows * pack), "BN": 32 if narrow else 64,
             "SCATTERED": self.scattered, "MODES": 3 if columns else 2,
             "SINKS": self.kind is not None and self.window > 0 and not (dense and columns),
         }  # fmt: skip
@@ -313,15 +317,14 @@ class Problem:
             "PRECISION": precision(self.query.dtype),
         }  # fmt: skip
 
-    def _options(self, forward: bool) -> dict[str, int]:
-        return options(self.query.dtype, max(power(self.width), power(self.width_v)), forward)
+    def _widest(self) -> int:
+        return max(power(self.width), power(self.width_v))
 
-
-def options(dtype: torch.dtype, width: int, forward: bool) -> dict[str, int]:
-    """Warps and pipeline stages."""
-    if dtype == torch.float32:
-        return {"num_warps": 4, "num_stages": 1 if width > 64 else 2}
-    return {"num_warps": 8 if width > 64 else 4, "num_stages": 2}
+    def _options(self, warps: int) -> dict[str, int]:
+        """Warps and pipeline stages; what does not spill on any of the targets."""
+        if self.query.dtype == torch.float32:
+            return {"num_warps": 4, "num_stages": 1 if self._widest() > 64 else 2}
+        return {"num_warps": warps, "num_stages": 2}
 
 
 def merge_splits(

@@ -43,7 +43,8 @@ def hybrid_attention(
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
     types = (key.dtype, value.dtype, key_features.dtype, key.dtype, value.dtype)
     options = (scale, window, block_aligned, sinks, reference, far_cap)
-    with torch.autocast(query.device.type, torch.bfloat16, enabled=False):
+    kind = query.device.type if query.device.type != "meta" else "cpu"  # meta has no autocast
+    with torch.autocast(kind, torch.bfloat16, enabled=False):
         one = query.shape[2] == 1
         keep = blocks is not None and not one
         new = (query, key, value, query_features, key_features)

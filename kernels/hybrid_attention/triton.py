@@ -211,7 +211,7 @@ def _blocks(
     # IEEE products of larger float32 tiles spill, and compile for minutes.
     largest = 32 if dtype == torch.float32 else 64
     fit = lambda n: min(largest, max(16, triton.next_power_of_2(n)))  # noqa: E731
-    common: dict[str, Any] = {"PRECISION": "ieee", "num_warps": 4, "num_stages": 2}
+    common: dict[str, Any] = {"PRECISION": "ieee", "num_stages": 2}
     launch(
         enter_states,
         (batch * groups, triton.cdiv(size, fit(size)), triton.cdiv(out, fit(out))),

@@ -41,9 +41,8 @@ class Piece:
 class Frozen:
     """Frozen tensors as pieces hold them: one copy each, on one device.
 
-    half: frozen linears run in bfloat16 (input, weight and bias; their result is float32
-    again), everything else stays as it is. release: forget the float32 weights of linears
-    once their bfloat16 copies are made; whoever holds the graph's own tensors keeps them.
+    half: linears of a float32 model run in bfloat16 (input, weight and bias; their result is
+    float32 again), everything else stays as it is.
     """
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -209,16 +208,13 @@ def _emit_half(
     if source not in low:
         low[source] = _extra(fx, aten.to.dtype, (made[source], torch.bfloat16))
     given = [low[source]]
-    original = torch.float32
     for name in ("weight", "bias"):
         tensor = argument(node, name)
         if tensor is not None:
-            value = _tensor(module, str(tensor.target))
-            original = value.dtype
-            half = frozen.tensor(value, torch.bfloat16)
+            half = frozen.tensor(_tensor(module, str(tensor.target)), torch.bfloat16)
             given.append(attribute(f"{tensor.target}_bfloat16", half))
     result = _extra(fx, LINEAR, tuple(given))
-    return fx.create_node("call_function", aten.to.dtype, (result, original), {}, node.name)
+    return fx.create_node("call_function", aten.to.dtype, (result, torch.float32), {}, node.name)
 
 
 def _emit_trained_half(
@@ -268,6 +264,41 @@ def _cuts(nodes: list[Node]) -> dict[Node, tuple[Node, int, list[int], int]]:
         for index, node in enumerate(parts):
             found[node] = source, dim, sizes, index
     return found
+
+
+def release(modules: list[GraphModule], trained: set[str]) -> None:
+    """Keep only bfloat16 of the weights that nothing but frozen linears read, in every graph.
+
+    What else there is moves to memory of its own, so that a mapped file can be let go.
+    """
+    readers: dict[str, list[Node]] = {}
+    for module in modules:
+        for node in module.graph.nodes:
+            if node.op == "get_attr":
+                readers.setdefault(str(node.target), []).extend(node.users)
+    for name, users in readers.items():
+        low = name not in trained and all(_half_linear(u, trained) for u in users)
+        owner, _, leaf = name.rpartition(".")
+        moved: dict[int, tuple[Tensor, Tensor]] = {}  # the old one too: its address stays its own
+        for module in modules:
+            place_ = module.get_submodule(owner) if _has(module, owner) else None
+            value = getattr(place_, leaf, None)
+            if not isinstance(value, Tensor):
+                continue
+            dtype = torch.bfloat16 if low and value.dtype == torch.float32 else value.dtype
+            if value.data_ptr() not in moved:
+                moved[value.data_ptr()] = value, value.detach().to(dtype, copy=True)
+            new = moved[value.data_ptr()][1]
+            parameter = isinstance(value, nn.Parameter)
+            place(module, name, nn.Parameter(new, False) if parameter else new)
+
+
+def _has(module: nn.Module, path: str) -> bool:
+    for part in path.split(".") if path else ():
+        if not hasattr(module, part):
+            return False
+        module = getattr(module, part)
+    return True
 
 
 # ---- regions --------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ from rewriter.recover.teacher import teacher_graph
 #: Nats of KL that a nat of the passkey's loss counts for.
 PASSKEY = 0.05
 PROMPTS, PROMPT_TOKENS = 2, 430
+FIT = 7168  # tokens of the closed-form fit
 
 
 @dataclass
@@ -84,7 +85,7 @@ def scan(
     plan = {"steps": [{**step, "missing": "skip"}], "seed": seed}
     plan["gate"] = {"sequences": 1, "length": 64}
     text = training_text(data, tokenizer, tokens, length)
-    made = rewrite(original, plan, data=text.sample(16384, length, seed), tokenizer=tokenizer)
+    made = rewrite(original, plan, data=text.sample(FIT, length, seed), tokenizer=tokenizer)
     if not made.lock["sites"]:
         raise RewriterError(f"{name} has no site in this model", "try `rewriter inspect`")
     teacher, student = stateless(teacher_graph(original, made)), stateless(made.graph)
@@ -94,7 +95,7 @@ def scan(
     tensors = {n: made.graph.tensor(n).detach() for r in regions for n in r.tensors}
     tensors = {n: t for n, t in tensors.items() if t.is_floating_point()}
     if not all("relative_error" in s["facts"] for s in made.lock["sites"]):
-        windows = text.sample(8192, length, seed)
+        windows = text.sample(FIT, length, seed)
         new, _ = fit_regions(student, teacher, regions, tensors, frozen, windows, Fit())
         tensors |= new
     layers = _by_layer(regions)
@@ -181,7 +182,7 @@ def _variants(
     for layer, regions in layers.items():
         starts.setdefault(min(place[r.target] for r in regions), []).append(layer)
     environment: dict[Node, Any] = {}
-    last = _last_uses(nodes)
+    last = _last_uses(nodes, [r for regions in layers.values() for r in regions])
     for index, node in enumerate(nodes):
         for layer in starts.pop(index, ()):
             for kind in ("kl", "kl_deleted") if deleted else ("kl",):
@@ -233,10 +234,15 @@ class _Rest:
         raise AssertionError("a graph ends in its output")
 
 
-def _last_uses(nodes: list[Node]) -> dict[Node, list[Node]]:
+def _last_uses(nodes: list[Node], regions: list[Region]) -> dict[Node, list[Node]]:
+    """Values that are not needed after a node; a region's inputs are, until its output."""
+    known = {n.name: n for n in nodes}
+    reads: dict[Node, list[Node]] = {}
+    for region in regions:
+        reads.setdefault(known[region.target], []).extend(known[n] for n in region.inputs)
     last: dict[Node, Node] = {}
     for node in nodes:
-        for used in node.all_input_nodes:
+        for used in (*node.all_input_nodes, *reads.get(node, ())):
             last[used] = node
     dead: dict[Node, list[Node]] = {}
     for used, node in last.items():

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.fx import Graph as FxGraph
 from torch.fx import GraphModule
 from transformers import PreTrainedModel, TrainingArguments
 
@@ -23,7 +24,7 @@ from rewriter.model import RewrittenModel, load
 from rewriter.recover import baselines
 from rewriter.recover.data import Pattern, Text, training_text
 from rewriter.recover.fit import fit_regions
-from rewriter.recover.graphs import Frozen, Region, extract, find_regions, stateless
+from rewriter.recover.graphs import Frozen, Region, extract, find_regions, release, stateless
 from rewriter.recover.lora import add_lora, fold
 from rewriter.recover.modules import (
     DistilStage,
@@ -172,6 +173,10 @@ def recover(
         "perplexity": {},
         "stages": [],
     }
+    folds = any(isinstance(s, Lora) for s in chosen)
+    released = run.frozen.half and not folds and not isinstance(model, RewrittenModel)
+    if released:
+        release([run.student, run.teacher, made.graph.module], set(run.tensors))
     before = run.errors()
     report["perplexity"]["start"] = run.perplexity()
     if with_baselines:
@@ -187,6 +192,9 @@ def recover(
     ]
     report["tokens"] = sum(s["tokens"] for s in report["stages"])
     report["seconds"] = time.monotonic() - clock
+    if released:  # the frozen tensors come from the file again, as they were
+        run.student = run.teacher = GraphModule(nn.Module(), FxGraph())
+        made = load(model)  # type: ignore[arg-type]
     _finish(made, run, report, settings)
     if work is None:
         shutil.rmtree(own, ignore_errors=True)
@@ -312,7 +320,8 @@ def _start(
     text = training_text(data, tokenizer, held_out, length)
     half = half_precision(precision, device, next(iter(trained.values())).dtype)
     frozen = Frozen(device, half)
-    tensors = {n: t.detach().to(device) for n, t in trained.items()}
+    # Copies: a view would keep the whole file that the model was loaded from.
+    tensors = {n: t.detach().to(device, copy=True) for n, t in trained.items()}
     return Run(
         student, teacher, model.lock["sites"], regions, tensors, frozen, text, seed, work, options
     )

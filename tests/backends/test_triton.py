@@ -210,18 +210,12 @@ def test_mistakes_are_named(plain: rewriter.RewrittenModel, tmp_path: Path) -> N
         backend.load(tmp_path)
 
 
-def test_tuning_keeps_the_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tuning_keeps_the_fastest() -> None:
     asked = []
 
-    def bench(call):
-        try:
-            call()
-        except RuntimeError:  # no GPU: the launch is only looked at
-            pass
-        options = dict(zip(call.__code__.co_freevars, call.__closure__, strict=True))
-        given = call.__defaults__[0]
+    def bench(call):  # not called: there is no GPU
+        given = call.keywords
         asked.append((given["num_warps"], given["num_stages"]))
-        assert options
         return abs(given["num_warps"] - 8) + given["num_stages"]
 
     before = dict(CONFIGURATIONS)
