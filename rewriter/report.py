@@ -31,8 +31,9 @@ def write_report(report: dict[str, Any], folder: Path) -> None:
     "perplexity_after"}, "parameters": {"before", "after"},
     "state": {"before": part, "after": part, "pays_from": tokens or None} (`state_size`),
     "seconds": {name: seconds}, "warnings": [str], "recovery": what `recover` made}. "model",
-    "plan" and "status" are required; a missing or None section is left out of the page. In report.json numbers that are not
-    finite are the strings "nan", "inf" and "-inf", which JSON has no number for.
+    "plan" and "status" are required; a missing or None section is left out of the page. In
+    report.json numbers that are not finite are the strings "nan", "inf" and "-inf", which JSON
+    has no number for.
 
     Raises OSError when the folder cannot be written.
     """

@@ -164,12 +164,14 @@ class Problem:
             programs // -(-self.length // tile["ROWS"]),
             splits,
         )
+        # A second stage of a plan's walk spills on sm_80; whether sm_90 wants it is not timed.
+        stages = 1 if self.index is not None and self._widest() > 64 else 2
         launch(
             flash.attend, grid,
             self.query, self.key, self.value, output, lse, *self._lists(), *self._masks(),
             None if splits > 1 else self.sink, self.start, *self._strides(), self.scale,
             self.softcap, self.window, self.batch, *self._sizes(),
-            **self._constants(), **tile, **self._options(8 if tile["BM"] >= 128 or self._widest() > 64 else 4),
+            **self._constants(), **tile, **self._options(8, stages),
         )  # fmt: skip
         if splits == 1:
             return output[0], lse[0]
@@ -206,7 +208,8 @@ class Problem:
             self.query, self.key, self.value, grad, lse, delta, dq, dbias, *self._lists(),
             *self._masks(), self.start, *self._strides(), *self._spread(dbias), self.scale,
             self.softcap, self.window, *self._sizes(),
-            **self._constants(), **tile, **self._options(8 if self._widest() > 64 else 4),
+            **self._constants(), **tile,
+            **(self._options(8, 1) if self._widest() > 64 else self._options(4, 2)),
         )  # fmt: skip
         self._backward_keys(grad, lse, delta, dk, dv, rows, None)
         if some:
@@ -239,7 +242,7 @@ class Problem:
         most = keys = 64
         if on_gpu(self.key):  # two tiles of keys and two of sums must fit in registers
             small = self.key.dtype == torch.float32 or self._widest() > 64
-            most, keys = 32, 32 if small else 64
+            most, keys = (32 if self.key.dtype == torch.float32 else 64), 32 if small else 64
         if columns is None and self.index is not None:
             assert self.count is not None and self.full is not None
             row_blocks, spans = transposed(self.index, self.count, self.full, self.tiles_k)
@@ -255,8 +258,8 @@ class Problem:
             self.heads, self.groups, self.plan_heads, int(self.plan_batch > 1), self.length,
             self.keys, self.tiles_q, self.tiles_k, 0 if columns is None else columns.shape[2],
             **(self._constants() | {"SINKS": self.kind is not None and self.window > 0}),
-            HEADS=together, KEYS=keys, BM=most, BN=power(keys), **self._options(8),
-            SCATTERED=self.scattered and dense,
+            HEADS=together, KEYS=keys, BM=most, BN=power(keys),
+            **self._options(8 if self._widest() > 64 else 4, 1), SCATTERED=self.scattered and dense,
         )  # fmt: skip
 
     def _rows(self, forward: bool) -> dict[str, Any]:
@@ -320,11 +323,11 @@ class Problem:
     def _widest(self) -> int:
         return max(power(self.width), power(self.width_v))
 
-    def _options(self, warps: int) -> dict[str, int]:
-        """Warps and pipeline stages; what does not spill on any of the targets."""
+    def _options(self, warps: int, stages: int) -> dict[str, int]:
+        """Warps and pipeline stages in low precision; float32 has small tiles of its own."""
         if self.query.dtype == torch.float32:
             return {"num_warps": 4, "num_stages": 1 if self._widest() > 64 else 2}
-        return {"num_warps": warps, "num_stages": 2}
+        return {"num_warps": warps, "num_stages": stages}
 
 
 def merge_splits(
@@ -336,7 +339,8 @@ def merge_splits(
     normaliser = torch.empty_like(lse[0])
     rows = batch * length * heads
     launch(
-        flash.merge_splits, (-(-rows // 4),), output, lse, result, normaliser, rows, heads, length, splits, sink,
+        flash.merge_splits, (-(-rows // 4),),
+        output, lse, result, normaliser, rows, heads, length, splits, sink,
         DV=width, DVP=power(width, 1), MAX=power(splits, 1), BR=4,
     )  # fmt: skip
     return result, normaliser

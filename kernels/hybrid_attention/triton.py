@@ -211,13 +211,13 @@ def _blocks(
     # IEEE products of larger float32 tiles spill, and compile for minutes.
     largest = 32 if dtype == torch.float32 else 64
     fit = lambda n: min(largest, max(16, triton.next_power_of_2(n)))  # noqa: E731
-    common: dict[str, Any] = {"PRECISION": "ieee", "num_stages": 2}
+    common: dict[str, Any] = {"PRECISION": "ieee"}
     launch(
         enter_states,
         (batch * groups, triton.cdiv(size, fit(size)), triton.cdiv(out, fit(out))),
         features, values, far_value.contiguous(), far_mass.contiguous(), states, masses,
         groups, kv_heads, blocks, w, size, out,
-        BF=fit(size), BV=fit(out), BN=fit(w), **common,
+        BF=fit(size), BV=fit(out), BN=fit(w), num_stages=2, **common,
     )  # fmt: skip
     whole = lambda n: max(16, triton.next_power_of_2(n))  # noqa: E731
     launch(
@@ -227,8 +227,8 @@ def _blocks(
         states, masses, rank[:, 0].expand(batch).int().contiguous(), y,
         heads, kv_heads, groups, blocks, w, width, size, out, sinks, float(scale),
         ALIGNED=aligned, REFERENCE=REFERENCES[reference], HAS_SINKS=sinks > 0,
-        BM=fit(w), BN=fit(w), BD=whole(width), BV=whole(out), BF=fit(size),
-        BS=whole(sinks), **common,
+        BM=fit(w), BN=min(32, fit(w)), BD=whole(width), BV=whole(out), BF=fit(size),
+        BS=whole(sinks), num_stages=1, **common,
     )  # fmt: skip
     return y, states, masses
 

@@ -11,6 +11,7 @@ from torch.fx import Node
 
 from rewriter.backends.onnx.nodes import DOMAIN, MICROSOFT, Nodes, static
 from rewriter.backends.onnx.registry import Context, emit, expands, lowers
+from rewriter.errors import RewriterError
 
 KIND = torch.float32  # the operator has no other type on the CPU
 
@@ -52,7 +53,10 @@ def linear_attention(
     The normaliser q·z is one more column of values, all ones, and z one more of the state.
     """
     if normalise and beta is not None:
-        raise NotImplementedError("a delta rule with a normaliser has no operator")
+        raise RewriterError(
+            "linear_attention with a delta rule and a normaliser has no ONNX operator",
+            "set normalise off, or leave beta out",
+        )
     batch, length = v.shape[:2]
     states = max(t.shape[2] for t in (k, v, log_decay, beta) if t is not None)
     heads, depth, dtype = max(q.shape[2], states), v.shape[3], v.dtype
