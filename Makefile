@@ -17,7 +17,7 @@ assets: $(STAMP)
 	$(PYTHON) tools/assets.py
 
 test: assets
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 --dist loadfile
 
 demo: assets
 	$(PYTHON) examples/demo.py

@@ -32,7 +32,8 @@ def walk(
         full = tl.load(FULL + plan_row)
         partial = tl.load(COUNT + plan_row) - full
         return (
-            (full * BLOCK_K + BN - 1) // BN, (partial * BLOCK_K + BN - 1) // BN, columns, full, 0, 0,
+            (full * BLOCK_K + BN - 1) // BN, (partial * BLOCK_K + BN - 1) // BN,
+            columns, full, 0, 0,
         )  # fmt: skip
     low, high = 0, S
     if not SCATTERED:
@@ -107,7 +108,8 @@ def scores(
     keep = ok[:, None] & inside[None, :]
     if BIAS is not None:
         s += tl.load(
-            BIAS + b * bias_b + head[:, None] * bias_h + row[:, None] * bias_l + n[None, :] * bias_s,
+            BIAS + b * bias_b + head[:, None] * bias_h + row[:, None] * bias_l
+            + n[None, :] * bias_s,
             mask=keep, other=0.0,
         ).to(tl.float32)  # fmt: skip
     if KEY_BIAS is not None:

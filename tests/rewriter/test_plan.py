@@ -116,7 +116,7 @@ def test_messages_name_the_fix():
         {"mode": "slow"},
         {"ratio": "x"},
         {"ratio": {1, 2}},
-        {"ratio": object()},
+        pytest.param({"ratio": object()}, id="not plain data"),
         {"layers": [-1]},
         {"layers": []},
         {"layers": {"from": 4, "to": 2}},
