@@ -190,7 +190,8 @@ def _ridge(pairs: Iterator[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tens
         x = torch.cat([x, torch.ones_like(x[..., :1])], -1).double()
         weighted = x * weight[..., None].double()
         terms = x.mT @ weighted, weighted.mT @ y[..., None].double()
-        gram, cross = terms if gram is None else (gram + terms[0], cross + terms[1])
+        gram = terms[0] if gram is None else gram + terms[0]
+        cross = terms[1] if cross is None else cross + terms[1]
     assert gram is not None and cross is not None
     penalty = RIDGE * gram.diagonal(dim1=1, dim2=2)[:, :-1].mean(-1).clamp_min(1e-12)
     system = gram + penalty[:, None, None] * torch.eye(gram.shape[-1], device=gram.device)

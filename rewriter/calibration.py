@@ -268,13 +268,18 @@ def _windows(tokenizer: Any, documents: list[str], count: int, length: int) -> l
     return rows
 
 
-def graph_inputs(graph: Graph, ids: Tensor, mask: Tensor | None = None) -> list[Tensor]:
-    """Inputs of the graph for tokens [B, L] and a padding mask [B, L]."""
+def text_inputs(ids: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
+    """What a text model may take, by name, for tokens [B, L] and a padding mask [B, L]."""
     mask = torch.ones_like(ids) if mask is None else mask
-    known = {
+    return {
         "input_ids": ids,
         "attention_mask": mask,
         "position_ids": (mask.cumsum(-1) - 1).clamp_min(0),
         "token_type_ids": torch.zeros_like(ids),
     }
+
+
+def graph_inputs(graph: Graph, ids: Tensor, mask: Tensor | None = None) -> list[Tensor]:
+    """Inputs of the graph for tokens [B, L] and a padding mask [B, L]."""
+    known = text_inputs(ids, mask)
     return [known[name] for name in graph.inputs]

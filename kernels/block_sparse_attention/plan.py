@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -61,16 +61,17 @@ class BlockPlan:
         window: int = 0,
         sinks: int = 0,
         selection: Literal["S", "W", "G"] = "S",
-        **tensors: Tensor | None,
+        **tensors: Any,
     ) -> BlockPlan:
         """From a map keep: bool [Bm, Hm, T, ceil(S / block_k)].
 
         Blocks without a visible element are dropped, and full and partial told apart, by the
         extremes of the positions and groups of each block. `tensors` are the plan's own.
         """
+        none = keep.new_zeros(0, dtype=torch.int32)
         plan = cls(
-            *(keep.new_zeros(0, dtype=torch.int32) for _ in range(3)),
-            block_q, block_k, causal, window, sinks, selection=selection, **tensors,
+            none, none, none, block_q, block_k, causal, window, sinks,
+            selection=selection, **tensors,
         )  # fmt: skip
         full, empty = plan._blocks(length, keys, keep.device)
         return plan._listed(keep & ~empty, full)
@@ -151,7 +152,7 @@ class BlockPlan:
         return float(seen.sum() / area.sum().clamp_min(1))
 
     def to(self, device: torch.device | str) -> BlockPlan:
-        moved = {
+        moved: dict[str, Any] = {
             name: value.to(device)
             for name, value in vars(self).items()
             if isinstance(value, Tensor)

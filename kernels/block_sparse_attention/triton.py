@@ -37,13 +37,13 @@ def _problem(
     batch, heads = index.shape[:2]
     if columns is not None:
         columns = columns.expand(batch, heads, -1)
-    kept = [
+    index, count, full = index.contiguous(), count.contiguous(), full.contiguous()
+    columns, pos_q, pos_k, group_q, group_k, key_bias = (
         None if t is None else t.contiguous()
-        for t in (index, count, full, columns, pos_q, pos_k, group_q, group_k, key_bias)
-    ]
-    index_, count, full, columns, pos_q, pos_k, group_q, group_k, key_bias = kept
+        for t in (columns, pos_q, pos_k, group_q, group_k, key_bias)
+    )
     return Problem(
-        query, key, value, scale, softcap, causal, window, index_, count, full, columns,
+        query, key, value, scale, softcap, causal, window, index, count, full, columns,
         key_kinds(mask, key, sinks if window > 0 else 0),
         key_bias=key_bias, pos_q=pos_q, pos_k=pos_k, group_q=group_q, group_k=group_k,
         block_q=block_q, block_k=block_k, plan_batch=batch, plan_heads=heads,
@@ -61,19 +61,16 @@ def gradients(
     """Of query, key, value and key_bias (empty without one)."""
     problem = _problem(*args)
     found = problem.backward(grad_output, grad_lse, output, lse)
-    bias = found["key_bias"]
-    if problem.key_bias is None or bias is None:
-        bias = output.new_empty(0)
-    else:
-        bias = bias.to(problem.key_bias.dtype)
+    given, bias = problem.key_bias, found["key_bias"]
+    key_bias = output.new_empty(0) if given is None or bias is None else bias.to(given.dtype)
     query, key, value = found["query"], found["key"], found["value"]
     assert query is not None and key is not None and value is not None
-    return query, key, value, bias
+    return query, key, value, key_bias
 
 
 def backward(grads: tuple[Tensor | None, ...], *args: Any) -> tuple[Tensor | None, ...]:
     """One gradient or None for each argument of the op."""
-    query, key, value, bias = gradients(*grads, *forward(*args), *args)
+    query, key, value, bias = gradients(grads[0], grads[1], *forward(*args), *args)
     found: list[Tensor | None] = [query, key, value, *[None] * (len(args) - 3)]
     if args[12] is not None:
         found[12] = bias

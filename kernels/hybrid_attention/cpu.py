@@ -47,8 +47,8 @@ def hybrid_attention(
     with torch.autocast(kind, torch.bfloat16, enabled=False):
         one = query.shape[2] == 1
         keep = blocks is not None and not one
-        new = (query, key, value, query_features, key_features)
-        new = (*(t if keep else t.to(wide) for t in new), gate.to(wide))
+        given = (query, key, value, query_features, key_features)
+        new = (*(t if keep else t.to(wide) for t in given), gate.to(wide))
         state = (ring_key, ring_value, ring_features, sink_key, sink_value)
         compute = blocks or _blocks
         if count is None and (mask is None or bool(mask.all())) and not one:

@@ -254,12 +254,12 @@ def _cuts(nodes: list[Node]) -> dict[Node, tuple[Node, int, list[int], int]]:
     found: dict[Node, tuple[Node, int, list[int], int]] = {}
     for (source, dim), parts in groups.items():
         parts.sort(key=lambda n: n.args[2])  # type: ignore[arg-type, return-value]
-        ends = [n.args[3] if len(n.args) == 4 else 2**63 - 1 for n in parts]
-        starts = [n.args[2] for n in parts]
+        ends: list[Any] = [n.args[3] if len(n.args) == 4 else 2**63 - 1 for n in parts]
+        starts: list[Any] = [n.args[2] for n in parts]
         if len(parts) < 2 or starts != [0, *ends[:-1]]:
             continue
-        sizes = [e - s for s, e in zip(starts, ends, strict=True)]  # type: ignore[operator]
-        if ends[-1] > 2**31:  # type: ignore[operator]
+        sizes = [e - s for s, e in zip(starts, ends, strict=True)]
+        if ends[-1] > 2**31:
             sizes.pop()
         for index, node in enumerate(parts):
             found[node] = source, dim, sizes, index

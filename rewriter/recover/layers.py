@@ -108,7 +108,7 @@ def scan(
     if wanted > len(rows):
         raise RewriterError(f"{wanted} layers are asked for, {len(rows)} have a site")
     chosen = sorted(r["layer"] for r in rows[:wanted])
-    made_plan = Plan(**{"steps": [{**step, "layers": chosen}], "seed": seed})
+    made_plan = Plan.model_validate({"steps": [{**step, "layers": chosen}], "seed": seed})
     return Scan(rows, chosen, made_plan)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.fx import GraphModule, Node
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
+from rewriter.calibration import text_inputs
 from rewriter.graph import LINEAR, as_linear, aten, place
 from rewriter.recover.graphs import Frozen, Piece, Region, extract, segments
 from rewriter.recover.losses import in_chunks, known_gradients, logits_loss, relative_error
@@ -34,14 +36,8 @@ def inputs_of(module: GraphModule) -> list[str]:
 
 
 def input_values(module: GraphModule, ids: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
-    """Values of the graph's inputs for tokens [B, L] and a padding mask [B, L]."""
-    mask = torch.ones_like(ids) if mask is None else mask
-    known = {
-        "input_ids": ids,
-        "attention_mask": mask,
-        "position_ids": (mask.cumsum(-1) - 1).clamp_min(0),
-        "token_type_ids": torch.zeros_like(ids),
-    }
+    """Values of the graph's inputs for tokens [B, L] and a padding mask [B, L], by node name."""
+    known = text_inputs(ids, mask)
     return {n.name: known[str(n.target)] for n in module.graph.nodes if n.op == "placeholder"}
 
 
@@ -62,7 +58,7 @@ class LanguageModel:
         checkpointing: bool = False,
     ) -> None:
         trained = trained or set()
-        logits = module.graph.output_node().args[0][0]  # type: ignore[index]
+        logits: Any = module.graph.output_node().args[0][0]  # type: ignore[index]
         start = _head_input(logits)
         self.module, self.taps = module, taps
         names, outputs = [*inputs_of(module), *given], [start.name, *taps]
@@ -105,12 +101,20 @@ def _head_input(logits: Node) -> Node:
     return linear.input if linear is not None and node.target is LINEAR else logits
 
 
-class Stage(nn.Module):
+class Stage(nn.Module, ABC):
     """Parameters of a stage under their own names, the teacher, and the regions.
 
     Calling it gives `loss` and, by region, `errors`. With `score=True` it gives the loss of
     every token instead, `nll` [B, L - 1], of the student as it is.
     """
+
+    regions: list[Region]
+    pieces: list[Piece]
+    taps: tuple[str, ...]
+    teacher: Any  # a LanguageModel, or a Piece when no logits are asked for
+    teacher_graph: GraphModule
+    student: LanguageModel
+    rest: LanguageModel
 
     def __init__(
         self,
@@ -163,13 +167,14 @@ class Stage(nn.Module):
             return {"nll": self._score(input_ids)}
         return self.losses(input_ids, attention_mask)
 
+    @abstractmethod
     def losses(self, ids: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
-        raise NotImplementedError
+        """The stage's `loss` [] and `errors` [regions] on tokens [B, L]."""
 
     def _score(self, ids: Tensor) -> Tensor:
         tensors = self.tensors()
         with torch.no_grad():
-            return token_losses(self.student, ids, tensors)  # type: ignore[attr-defined]
+            return token_losses(self.student, ids, tensors)
 
     def region_losses(
         self, values: Mapping[str, Tensor], tensors: dict[str, Tensor], mask: Tensor | None
@@ -177,7 +182,7 @@ class Stage(nn.Module):
         """Sum of the regions' relative errors, and each of them; every graph is freed at once."""
         total = torch.zeros((), device=next(iter(values.values())).device)
         errors = []
-        for region, piece in zip(self.regions, self.pieces, strict=True):  # type: ignore[call-overload]
+        for region, piece in zip(self.regions, self.pieces, strict=True):
             error = region_error(region, piece, values, tensors, mask)
             errors.append(error.detach())
             total = total + error
@@ -230,13 +235,13 @@ class TransferStage(Stage):
     """Every region alone, on the teacher's own inputs; loss: mean relative error of them."""
 
     def __init__(self, *args: Any) -> None:
-        super().__init__(*args, teacher_head=False)
+        super().__init__(*args, teacher_head=False)  # type: ignore[misc]
 
     def losses(self, ids: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
-        values: dict[str, Tensor] = input_values(self.teacher_graph, ids, mask)  # type: ignore[arg-type]
+        values: dict[str, Tensor] = input_values(self.teacher_graph, ids, mask)
         with torch.no_grad():
-            made = self.teacher(values, {})  # type: ignore[operator]
-        values |= dict(zip(self.taps, made, strict=True))  # type: ignore[call-overload]
+            made = self.teacher(values, {})
+        values |= dict(zip(self.taps, made, strict=True))
         total, errors = self.region_losses(values, self.tensors(), mask)
         return {"loss": total / len(errors), "errors": errors}
 
@@ -245,14 +250,13 @@ class DistilStage(Stage):
     """The whole student against the teacher's logits, and the regions as in transfer."""
 
     def __init__(self, options: Distil, *args: Any) -> None:
-        super().__init__(*args, teacher_head=True, checkpointing=options.checkpointing)
+        super().__init__(*args, teacher_head=True, checkpointing=options.checkpointing)  # type: ignore[misc]
         self.options = options
 
     def losses(self, ids: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
         o, tensors = self.options, self.tensors()
-        values: dict[str, Tensor] = input_values(self.teacher_graph, ids, mask)  # type: ignore[arg-type]
-        teacher: LanguageModel = self.teacher  # type: ignore[assignment]
-        student: LanguageModel = self.rest  # type: ignore[assignment]
+        values: dict[str, Tensor] = input_values(self.teacher_graph, ids, mask)
+        teacher, student = self.teacher, self.rest
         with torch.no_grad():
             truth, taps = teacher.hidden(values, {})
         values |= taps

@@ -215,7 +215,7 @@ def _stages(model: RewrittenModel, stages: list[Any] | None) -> list[Any]:
         if isinstance(stage, str):
             made.append(named(stage))
         elif isinstance(stage, dict):
-            made += Plan(**{"recover": [stage]}).recover
+            made += Plan.model_validate({"recover": [stage]}).recover
         else:
             made.append(stage)
     if not made:

@@ -96,5 +96,6 @@ def _leave_meta(graph: Graph) -> None:
         return torch.device("cpu") if meta else value
 
     for node in graph.nodes:
-        node.args, node.kwargs = (map_aggregate(a, device) for a in (node.args, node.kwargs))
+        node.args = map_aggregate(node.args, device)  # type: ignore[assignment]
+        node.kwargs = map_aggregate(node.kwargs, device)  # type: ignore[assignment]
     graph.recompile()

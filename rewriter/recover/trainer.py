@@ -108,7 +108,7 @@ class StageTrainer(Trainer):
     # ---- what Trainer asks for -------------------------------------------------------------
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        return SequentialSampler(train_dataset or self.train_dataset)  # shuffled already
+        return SequentialSampler(train_dataset or self.train_dataset)  # type: ignore[arg-type]  # shuffled already
 
     def create_optimizer(self, model: Any = None) -> Any:
         """AdamW with one group for every learning rate; vectors are not decayed."""
