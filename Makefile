@@ -10,7 +10,7 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(PYTHON) || python3 -m venv $(VENV)
 	$(PYTHON) -m pip install -q -c constraints.txt torch==2.13.0
-	$(PYTHON) -m pip install -q -c constraints.txt -e ".[onnx,triton,recover,evaluate,test,dev]"
+	$(PYTHON) -m pip install -q -c constraints.txt -e ".[onnx,serve,clients,triton,recover,evaluate,test,dev]"
 	touch $@
 
 assets: $(STAMP)

@@ -71,7 +71,7 @@ def main() -> int:
     for name, item in items.items():
         print_of = aot.fingerprint(item)
         fresh = sources.get(name) == print_of
-        for target in aot.TARGETS:
+        for target in item.targets or aot.TARGETS:
             for complaint in complaints(name, item, target, table, fresh):
                 broken += 1
                 print(f"{name:64} {target:7} BROKEN: {complaint}", flush=True)

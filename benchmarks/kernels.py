@@ -31,6 +31,7 @@ from rewriter.kernels.block_sparse_attention import (
     DecodePlan,
     block_sparse_attention,
     select_blocks,
+    select_pages,
 )
 from rewriter.kernels.linear_attention import linear_attention
 from rewriter.kernels.linear_attention.feature_maps import elu1
@@ -136,15 +137,12 @@ def decode(shape: Shape, length: int) -> tuple[Form, Forms]:
     positions = torch.cat([torch.arange(SINKS, device=shape.device), recent])[None]
     means = k.unflatten(2, (-1, BLOCK)).mean(3)
     scan, rows = shape.scan(1), [t[:, :, :1].transpose(1, 2) for t in (q, k, v)]
-    wide = {"device": shape.device, "dtype": torch.float32}
-    memory = torch.zeros(1, shape.heads, shape.width, shape.width, **wide)
-    state = torch.zeros(1, shape.key_heads, shape.width, shape.width, **wide)
-    z = torch.ones(1, shape.key_heads, shape.width, **wide)
+    memory = torch.zeros(1, shape.heads, shape.width, shape.width, device=shape.device)
+    state = torch.zeros(1, shape.key_heads, shape.width, shape.width, device=shape.device)
+    z = torch.ones(1, shape.key_heads, shape.width, device=shape.device)
 
     def select() -> DecodePlan:
-        grouped = q.unflatten(1, (shape.key_heads, -1)).mean(2)
-        scores = (grouped @ means.transpose(-1, -2))[:, :, 0]
-        return DecodePlan.from_scores(scores, PAGES, BLOCK, length)
+        return select_pages(q, means, PAGES, BLOCK, length)
 
     chosen = select()
 

@@ -1,4 +1,4 @@
-"""The main job on a real model: rewrite SmolLM2-135M, look, save, load, write, export."""
+"""The main job on a real model: rewrite SmolLM2-135M, recover, save, load, write, export."""
 
 from __future__ import annotations
 
@@ -36,10 +36,16 @@ def main() -> None:
     model = rewriter.rewrite(source, rewriter.Plan.from_yaml(PLAN))
     console.print(summary(model.report))
 
+    console.rule("recover: a minute of training against the original, on another novel")
+    text = str(ASSETS / "austen" / "persuasion.txt")
+    stages = [{"stage": "transfer"}, {"stage": "distil", "length": 512}]
+    model = rewriter.recover(model, source, stages, text, minutes=1.0, held_out=2048)
+    console.print(model.report["recovery"]["perplexity"] | model.report["recovery"]["baselines"])
+
     console.rule("save and load")
     model.save_pretrained(out / "model")
     again = rewriter.load(out / "model")
-    console.print(f"report with pictures: {out / 'model' / 'report.html'}")
+    console.print(f"report with pictures and curves: {out / 'model' / 'report.html'}")
 
     console.rule("generate with a bounded state")
     tokenizer = AutoTokenizer.from_pretrained(source)

@@ -1,13 +1,15 @@
-"""Autograd and GPU forms, shared by the ops of the dialect."""
+"""Autograd, GPU forms and the checks of shapes, shared by the ops of the dialect."""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._library.autograd import make_autograd_impl
 
 
 def register_recompute(op: Any, forward: Callable[..., Any]) -> None:
@@ -68,6 +70,32 @@ def _recompute(
 TRITON: dict[str, str] = {}
 
 
+#: Holds what `register_cpu` registers.
+LIBRARY = torch.library.Library("rewriter", "FRAGMENT")
+
+
+def register_cpu(op: Any) -> None:
+    """Plain CPU tensors without a gradient go straight to the op's own function.
+
+    `custom_op` dispatches twice and compares the storages of all arguments and results, 20 µs of
+    a decode step's 80; `torch.library.opcheck` compares them in our tests. Everything else (a
+    gradient, fake tensors, a dispatch mode) takes `custom_op`'s way.
+    """
+    run = torch._disable_dynamo(op._init_fn)
+    usual = make_autograd_impl(op._opoverload, op)
+    cpu, below = torch._C.DispatchKey.CPU, torch._C._after_ADInplaceOrView_keyset
+
+    def autograd(keyset: Any, *args: Any) -> Any:
+        plain = (keyset & below).highestPriorityTypeId() == cpu
+        if not plain or (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
+            return usual(keyset, *args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return run(*args)
+
+    LIBRARY.impl(op._name, run, "CPU")
+    LIBRARY.impl(op._name, autograd, "AutogradCPU", with_keyset=True)
+
+
 def register_triton(op: Any) -> None:
     """CUDA tensors run `forward` of the `triton.py` beside the op; it is imported when needed.
 
@@ -86,3 +114,18 @@ def register_triton(op: Any) -> None:
 
 def _load(module: str) -> Any:
     return importlib.import_module(module)
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """No autocast on the device of x; the guard itself costs as much as several small ops."""
+    kind = x.device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return nullcontext()
+    return torch.autocast(kind, enabled=False)
+
+
+def expect(op: str, *shapes: tuple[str, Tensor | None, tuple[int, ...]]) -> None:
+    """ValueError that names the first tensor whose shape is not the one beside it."""
+    for name, tensor, shape in shapes:
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"{op}: {name} is {tuple(tensor.shape)}, expected {shape}")

@@ -38,11 +38,32 @@ CONFIGURATIONS: dict[str, dict[str, int]] = {}
 def for_gpu(x: Tensor) -> bool:
     """Whether launches on x will run on a GPU, or are recorded to be compiled for one: what
     differs between a GPU and the interpreter (tiles, precision) must be chosen by this."""
-    return x.is_cuda or RECORDING_FOR_GPU[0]
+    return x.is_cuda or RECORDING_FOR[0] is not None
 
 
-#: Set while launches on CPU tensors are recorded for a GPU, and not interpreted.
-RECORDING_FOR_GPU = [False]
+def for_hopper(x: Tensor) -> bool:
+    """`for_gpu`, and it has the matrix unit and the shared memory of sm_90 and sm_100."""
+    if RECORDING_FOR[0] is not None:
+        return RECORDING_FOR[0] in NEWER
+    if not x.is_cuda or torch.version.hip:
+        return False
+    return torch.cuda.get_device_capability(x.device)[0] in (9, 10)
+
+
+#: The GPU for which launches on CPU tensors are recorded, and not interpreted.
+RECORDING_FOR: list[str | None] = [None]
+#: Targets by what `for_hopper` says of them.
+OLDER, NEWER = ("sm_80", "gfx942"), ("sm_90", "sm_100")
+
+
+@contextmanager
+def recording_for(target: str) -> Iterator[None]:
+    """Launches choose tiles for `target`; who enters this sees to it that they do not run."""
+    before, RECORDING_FOR[0] = RECORDING_FOR[0], target
+    try:
+        yield
+    finally:
+        RECORDING_FOR[0] = before
 
 
 def launch_key(kernel: Kernel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
@@ -93,7 +114,8 @@ class Compilation:
 
     signature: argument name to Triton type (`*fp32`, `*bf16`, `i32`, `fp32` …); arguments that
     are not named are i32. constants: values of the constexpr arguments. aligned: pointers and
-    strides that are multiples of 16. matrix_unit: whether it must use one.
+    strides that are multiples of 16. matrix_unit: whether it must use one. targets: GPUs that
+    it is for (none: for all).
     """
 
     kernel: Kernel
@@ -103,6 +125,7 @@ class Compilation:
     aligned: tuple[str, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
     matrix_unit: bool = True
+    targets: tuple[str, ...] = ()
 
 
 def _language(x: Any) -> Any:

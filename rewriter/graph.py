@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
+from torch.fx.node import map_aggregate
 
 import rewriter.kernels  # noqa: F401  registers the dialect
 from rewriter.errors import VerifyError
@@ -52,6 +54,32 @@ def place(root: nn.Module, name: str, tensor: Tensor) -> None:
         root.register_parameter(leaf, tensor)
     else:
         root.register_buffer(leaf, tensor)
+
+
+def on_device(value: Any, device: torch.device) -> Any:
+    """`value` (arguments of a node) with `device` wherever it names one.
+
+    A graph names the device that it was captured on; its tensors may be on another now.
+    """
+    return map_aggregate(value, lambda v: device if isinstance(v, torch.device) else v)
+
+
+def follow_device(module: GraphModule) -> bool:
+    """Let a graph name the device that its tensors are on; whether it named another."""
+    tensors = itertools.chain(module.parameters(), module.buffers())
+    device = next((t.device for t in tensors), None)
+    if device is None:
+        return False
+    changed = False
+    for node in module.graph.nodes:
+        old = node.args, node.kwargs
+        new = on_device(old, device)
+        if repr(new) != repr(old):
+            node.args, node.kwargs = new
+            changed = True
+    if changed:
+        module.recompile()
+    return changed
 
 
 def path_of(node: Node) -> str:

@@ -28,7 +28,7 @@ from rewriter.capture import model_output
 from rewriter.configuration import RewriterConfig
 from rewriter.errors import RewriterError
 from rewriter.folders import whole_folder
-from rewriter.graph import Graph
+from rewriter.graph import Graph, follow_device
 from rewriter.state import State
 
 WEIGHTS = "model.safetensors"
@@ -76,6 +76,15 @@ class RewrittenModel(PreTrainedModel, GenerationMixin):
 
     def tie_weights(self, *args: Any, **kwargs: Any) -> None:
         """Ties are one tensor in the graph already."""
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """`to`, `cuda`, `half` …: what the graph itself makes is made where its tensors are."""
+        made = super()._apply(fn, recurse)
+        self._follow_device()
+        return made
+
+    def _follow_device(self) -> bool:
+        return follow_device(self.graph.module)
 
     # ---- forward -------------------------------------------------------------------------
 
@@ -276,6 +285,7 @@ def load(folder: str | Path, dtype: Any = None, device: Any = None) -> Rewritten
     from rewriter.seq2seq import build
 
     model = build(config, graph).eval()
+    model._follow_device()
     for name in ("lock", "report"):
         if (folder / f"{name}.json").exists():
             setattr(model, name, json.loads((folder / f"{name}.json").read_text()))

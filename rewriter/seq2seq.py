@@ -70,6 +70,12 @@ class RewrittenSeq2Seq(RewrittenModel):
                 stride = tuple(argument(node, "stride"))
                 setattr(self.body.get_submodule(owner), "stride", stride)  # noqa: B010
 
+    def _follow_device(self) -> bool:
+        changed = super()._follow_device()
+        if changed:
+            self.parts = split(self.graph)
+        return changed
+
     def can_generate(self) -> bool:  # type: ignore[override]
         graph = self.__dict__.get("graph")
         return graph is None or graph.output_class.endswith("Seq2SeqLMOutput")

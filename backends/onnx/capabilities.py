@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
+
+from rewriter.errors import RewriterError
+
+#: First version with each, of those that not every supported version has.
+SINCE = {"query_lengths": (1, 32), "window_cache": (1, 32)}
 
 
 @dataclass(frozen=True)
@@ -25,8 +30,29 @@ class Capabilities:
     causal_conv: bool
 
 
+def capabilities(runtime: str | None = None) -> Capabilities:
+    """Of the installed ONNX Runtime, or of what it has in common with an older one ("1.30").
+
+    Raises RewriterError: `runtime` is no version, or newer than the installed one.
+    """
+    here = installed()
+    if runtime is None:
+        return here
+    try:
+        wanted, own = (tuple(map(int, v.split(".")[:2])) for v in (runtime, here.version))
+    except ValueError:
+        raise RewriterError(f"'{runtime}' is no version", 'give one like "1.30"') from None
+    if wanted > own:
+        raise RewriterError(
+            f"onnxruntime {here.version} cannot check an export for {runtime}",
+            "install that version, or export for an older one",
+        )
+    lacks = {name: False for name, since in SINCE.items() if wanted < since}
+    return replace(here, version=runtime, **lacks)
+
+
 @cache
-def capabilities() -> Capabilities:
+def installed() -> Capabilities:
     """Of the installed ONNX Runtime: each is a one-node model that a session takes or refuses."""
     import onnxruntime
 

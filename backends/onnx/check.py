@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +14,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from rewriter.errors import GateError, RewriterError
-from rewriter.graph import Graph
+from rewriter.graph import Graph, argument
 from rewriter.state import make_state
 
 if TYPE_CHECKING:
@@ -129,13 +131,15 @@ class _Shapes(torch.fx.Interpreter):
 class Sequence:
     """One sequence of calls and what the graph answers.
 
-    phases: of each call. real: [B, new] of each call. wants: first outputs.
+    phases: of each call. real: [B, new] of each call. wants: first outputs. by_call: the graph's
+    answers call by call, where `wants` are those of one call over the whole sequence.
     """
 
     phases: list[str]
     inputs: list[dict[str, Tensor]]
     real: list[Tensor]
-    wants: list[Tensor]
+    wants: list[Tensor] = field(default_factory=list)
+    by_call: Callable[[], list[Tensor]] | None = None
 
 
 def sequences(
@@ -146,12 +150,18 @@ def sequences(
     `prefill` and `decode` (2 rows, the first padded on the left; one token at a time) and
     `chunked` (stretches of tokens after a past, long enough to fill a window and to be cut into
     blocks; batch 1 unless `batched_chunks`); without states `forward`, padded on the right.
+    The graph of a text model answers a sequence in one call, which costs a tenth of 65 calls.
     """
     if not graph.states:
         mask = torch.ones(2, 19, dtype=torch.long)
         mask[0, 12:] = 0
         return [_sequence(graph, module, feeder, mask, [("forward", 19)])]
     windows = [s["window"] for s in graph.states if s["kind"] == "ring"]
+    windows += [  # its far tokens lie before two blocks
+        2 * argument(n, "window")
+        for n in module.graph.nodes
+        if str(n.target) == "rewriter.hybrid_attention.default"
+    ]
     long = min(max(windows), LONGEST_WINDOW) + 137 if windows else 14
     steps = [("prefill", PREFILL)] + [("decode", 1)] * DECODE
     chunks = [("chunked", n) for n in (11, long, 7, 1, 1)]
@@ -172,18 +182,33 @@ def _sequence(
     mask: Tensor,
     calls: list[tuple[str, int]],
 ) -> Sequence:
-    mixers = [make_state(s) for s in graph.states]
-    made, seen = Sequence([], [], [], []), 0
+    made, seen = Sequence([], [], []), 0
     for phase, new in calls:
         seen += new
-        inputs = feeder.tokens(mask[:, :seen], new)
-        want = module(*inputs.values(), *mixers)
-        want = next(iter(want.values())) if isinstance(want, dict) else want
         made.phases.append(phase)
-        made.inputs.append(inputs)
+        made.inputs.append(feeder.tokens(mask[:, :seen], new))
         made.real.append(mask[:, seen - new : seen].bool())
-        made.wants.append(want[0] if isinstance(want, (tuple, list)) else want)
+
+    def answers(inputs: list[dict[str, Tensor]]) -> list[Tensor]:
+        mixers = [make_state(s) for s in graph.states]
+        return [_first(module(*given.values(), *mixers)) for given in inputs]
+
+    if set(made.inputs[0]) <= {"input_ids", "attention_mask", "position_ids"}:
+        whole = {n: torch.cat([i[n] for i in made.inputs], 1) for n in made.inputs[0]}
+        if "attention_mask" in whole:
+            whole["attention_mask"] = mask
+        logits = answers([whole])[0]
+        if logits.shape[:2] == mask.shape:
+            made.wants = list(logits.split([new for _, new in calls], 1))
+            made.by_call = partial(answers, made.inputs)
+            return made
+    made.wants = answers(made.inputs)
     return made
+
+
+def _first(output: Any) -> Tensor:
+    output = next(iter(output.values())) if isinstance(output, dict) else output
+    return output[0] if isinstance(output, (tuple, list)) else output
 
 
 def open_session(file: Path, optimised: bool = True) -> Any:
@@ -199,23 +224,35 @@ def open_session(file: Path, optimised: bool = True) -> Any:
 
 
 def compare(
-    runs: list[Sequence], file: Path, outputs: list[str], states: dict[str, StateTensor]
+    runs: list[Sequence],
+    file: Path,
+    outputs: list[str],
+    states: dict[str, StateTensor],
+    tolerance: float,
 ) -> dict[str, float]:
     """max|Δ| / max|reference| of the first output over real tokens, the worst of each phase.
 
-    With ONNX Runtime's optimisations, and without (`prefill, not optimised` and so on).
+    With ONNX Runtime's optimisations, and without (`prefill, not optimised` and so on). A graph
+    that answers otherwise call by call than in one call (a window without sinks amplifies
+    rounding) is asked again where its answer in one call is further off than `tolerance`.
     """
     errors: dict[str, float] = {}
     for optimised in (True, False):
+        found = []
         try:
             session = open_session(file, optimised)
-            found = [errors_of(session.run, run, outputs, states) for run in runs]
+            for run in runs:
+                worst = errors_of(session.run, run, outputs, states)
+                if run.by_call is not None and not max(worst) <= tolerance:
+                    run.wants, run.by_call = run.by_call(), None
+                    worst = errors_of(session.run, run, outputs, states)
+                found.append(worst)
         except Exception as error:  # its exception types are not public
             raise GateError(f"ONNX Runtime does not run the file: {error}") from error
         for run, each in zip(runs, found, strict=True):
-            for phase, worst in zip(run.phases, each, strict=True):
+            for phase, error in zip(run.phases, each, strict=True):
                 name = phase if optimised else f"{phase}, not optimised"
-                errors[name] = max(errors.get(name, 0.0), worst)
+                errors[name] = max(errors.get(name, 0.0), error)
     return errors
 
 

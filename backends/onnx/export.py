@@ -15,8 +15,12 @@ from torch.fx import GraphModule, Node
 
 from rewriter.backends.onnx import check
 from rewriter.backends.onnx.capabilities import capabilities
+from rewriter.backends.onnx.genai import FILE, not_runnable, write_genai_config
+from rewriter.backends.onnx.quantize import check_weights, quantise, text
 from rewriter.backends.onnx.registry import Context, lower_nodes
+from rewriter.backends.onnx.seq2seq import export_parts
 from rewriter.backends.onnx.write import write
+from rewriter.encoder_decoder import hidden_states
 from rewriter.errors import GateError, RewriterError
 from rewriter.folders import whole_folder
 from rewriter.graph import Graph, as_linear, aten, place
@@ -35,6 +39,11 @@ def export_onnx(
     logits: str = "all",
     opset: int = OPSET,
     tolerance: float = TOLERANCE,
+    runtime: str | None = None,
+    weights: str = "fp32",
+    source: str | Path | None = None,
+    data: Any = None,
+    max_loss: float | None = None,
 ) -> dict[str, Any]:
     """Write `model` as `folder/model.onnx` and compare it with the graph in ONNX Runtime.
 
@@ -54,26 +63,46 @@ def export_onnx(
             all that generation reads; the others are not computed.
         opset: of the standard operators.
         tolerance: largest allowed max|Δ logits| / max|logits|.
+        runtime: oldest version of ONNX Runtime that is to run it, such as "1.30" (the latest
+            onnxruntime-node); by default the installed one. Older ones lack operators' options.
+        weights: "fp32", "int8", "int4" (both in blocks of 32), or "source": the grid of the GGUF
+            file that the model was read from, bit for bit (`backends/onnx/quantize`).
+        source: that file, if it is not the model's own.
+        data: text to measure the loss of quantised weights on, as for `rewrite`.
+        max_loss: largest perplexity over that of the file in fp32; 1.01, for int4 1.5.
 
     Returns: {file, bytes, ops: {operator: count}, max_error, fallbacks: [reason], states, …}; it
-    is also in `folder/export.json`.
+    is also in `folder/export.json`. `genai` is the name of the configuration with which
+    onnxruntime-genai runs the folder as it is, or why it cannot. `quantised` is what
+    was made of the weights and what it cost.
 
     Raises:
-        RewriterError: onnx or onnxruntime is missing, or the folder is in use.
-        GateError: ONNX Runtime does not compute what the graph does; nothing is written.
+        RewriterError: onnx or onnxruntime is missing, the folder is in use, or no GGUF source.
+        GateError: ONNX Runtime does not compute what the graph does, or quantised weights lose
+            too much; nothing is written.
     """
     if attention not in ("fused", "standard"):
         raise RewriterError(f"unknown attention lowering '{attention}'", "use fused or standard")
     if logits not in ("all", "last"):
         raise RewriterError(f"unknown choice of logits '{logits}'", "use all or last")
+    grids = check_weights(weights, source, model)
     graph: Graph = model.graph
     with whole_folder(folder) as aside:
         with torch.no_grad(), _evaluating(graph.module):
             fallbacks: list[str] = []
             module = widen(graph.module, fallbacks)
+            if hidden_states(graph) is not None and "decoder_input_ids" in graph.inputs:
+                return _two_files(
+                    *(model, module, aside, attention, logits, opset, tolerance, runtime),
+                    *(weights, fallbacks),
+                )
             feeder = check.Feeder(graph, module)
             context = Context(
-                copy.deepcopy(module.graph), feeder.values, attention, capabilities(), fallbacks
+                copy.deepcopy(module.graph),
+                feeder.values,
+                attention,
+                capabilities(runtime),
+                fallbacks,
             )
             if logits == "last":
                 last_logits(graph, context)
@@ -90,7 +119,9 @@ def export_onnx(
             )
             batched = context.can.query_lengths or not context.fused
             runs = check.sequences(graph, module, feeder, batched)
-            errors = check.compare(runs, aside / "model.onnx", names["outputs"], context.states)
+            errors = check.compare(
+                runs, aside / "model.onnx", names["outputs"], context.states, tolerance
+            )
         worst = max(errors.values())
         if not worst <= tolerance:
             raise GateError(
@@ -98,6 +129,19 @@ def export_onnx(
                 f"(bound {tolerance:g}): " + ", ".join(f"{k} {v:.1e}" for k, v in errors.items()),
                 "try attention='standard', or report this model",
             )
+        quantised: dict[str, Any] = {}
+        if weights != "fp32":
+            quantised = quantise(
+                aside / "model.onnx",
+                weights,
+                states=context.states,
+                runs=runs,
+                tokens=text(model, data),
+                tolerance=tolerance,
+                source=grids,
+                max_loss=max_loss,
+            )
+            ops = quantised.pop("ops")
         report = {
             "file": "model.onnx",
             "bytes": sum(p.stat().st_size for p in aside.iterdir()),
@@ -108,12 +152,49 @@ def export_onnx(
             "onnxruntime": context.can.version,
             "opset": opset,
             "logits": logits,
+            "weights": weights,
+            "quantised": quantised,
             "inputs": names["inputs"],
             "outputs": names["outputs"],
             "states": [s.json() for s in context.states.values()],
         }
-        (aside / "export.json").write_text(json.dumps(report, indent=2) + "\n")
         _companions(model, aside)
+        report["genai"] = write_genai_config(aside, report) or FILE
+        (aside / "export.json").write_text(json.dumps(report, indent=2) + "\n")
+    return report
+
+
+def _two_files(
+    model: Any,
+    module: GraphModule,
+    folder: Path,
+    attention: str,
+    logits: str,
+    opset: int,
+    tolerance: float,
+    runtime: str | None,
+    weights: str,
+    fallbacks: list[str],
+) -> dict[str, Any]:
+    """An encoder-decoder; see `export_parts`."""
+    if weights != "fp32":
+        raise RewriterError(
+            f"weights='{weights}' is not there for encoder-decoders", "leave out `weights`"
+        )
+    report = export_parts(
+        model,
+        module,
+        folder,
+        style=attention,
+        can=capabilities(runtime),
+        logits=logits,
+        opset=opset,
+        tolerance=tolerance,
+        fallbacks=fallbacks,
+    )
+    _companions(model, folder)
+    report["genai"] = not_runnable(report)
+    (folder / "export.json").write_text(json.dumps(report, indent=2) + "\n")
     return report
 
 

@@ -106,6 +106,18 @@ class Context:
         """`new` is what the next call gets for `past`."""
         self.outputs[self.states[str(past.target)].output] = new
 
+    def turn_state(self, past: Any, node: Node, output: int) -> bool:
+        """Keep the state that only `node` reads, and makes as its `output`, with its last two
+        dimensions exchanged; whether it could be. (It starts with zeros: no layout is its own.)
+        """
+        name = str(getattr(past, "target", None))
+        made = [u for u in node.users if u.target is operator.getitem and u.args[1] == output]
+        if name not in self.states or len(past.users) != 1 or len(made) != 1 or made[0].users:
+            return False
+        *first, m, n = self.states[name].shape
+        self.states[name] = replace(self.states[name], shape=(*first, n, m))
+        return True
+
     def share(self, past: Node) -> None:
         """The operator extends this state in place."""
         name = str(past.target)

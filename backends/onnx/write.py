@@ -10,11 +10,14 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import torch
-from onnx_ir.passes.common import RemoveUnusedNodesPass
+from onnx_ir.passes import common as passes
+from onnxscript.optimizer import fold_constants_ir
 from torch.fx import GraphModule
 
+from rewriter.backends.onnx.clean import clean
 from rewriter.backends.onnx.nodes import MICROSOFT, Nodes, static
 from rewriter.backends.onnx.registry import expand_nodes
+from rewriter.graph import aten
 
 
 def write(
@@ -38,18 +41,12 @@ def write(
         dynamic_shapes=tuple({d: torch.export.Dim.AUTO for d in dims} for dims in dynamic),
         prefer_deferred_runtime_asserts_over_guards=True,
     )
-    made: Any = torch.onnx.export(
-        program,
-        dynamo=True,
-        opset_version=opset,
-        input_names=inputs,
-        output_names=outputs,
-        verbose=False,
-    )
+    made = _translate(program, inputs, outputs, opset)
     model: ir.Model = made.model
+    _simplify(model)
     expand_nodes(model)
     turn_weights(model, fused)
-    RemoveUnusedNodesPass()(model)
+    passes.RemoveUnusedNodesPass()(model)
     for node in model.graph.all_nodes():
         node.metadata_props.clear()  # Python stack traces: larger than a small model
     model.opset_imports.setdefault(MICROSOFT, 1)
@@ -59,6 +56,51 @@ def write(
             del model.opset_imports[domain]
     made.save(str(file), external_data=True)
     return count(model)
+
+
+def _translate(program: Any, inputs: list[str], outputs: list[str], opset: int) -> Any:
+    """To ONNX as traced, which takes half the time; decomposed first where it cannot be."""
+    options: dict[str, Any] = {"dynamo": True, "opset_version": opset, "verbose": False}
+    options |= {"input_names": inputs, "output_names": outputs, "optimize": False}
+    if _functional(program.graph):
+        program.run_decompositions = lambda *_: program  # asked for by the exporter
+        try:
+            return torch.onnx.export(program, **options)
+        except torch.onnx.OnnxExporterError:  # an operator that has no ONNX form as it is
+            del program.run_decompositions
+    return torch.onnx.export(program, **options)
+
+
+def _simplify(model: ir.Model) -> None:
+    """What onnxscript's optimiser does, without its rewrite rules: those take a minute for a
+    graph of 30 recurrent layers, and ONNX Runtime has its own."""
+    passes.InlinePass()(model)
+    fold_constants_ir(model)
+    clean(model)
+    for each in (
+        passes.RemoveUnusedNodesPass(),
+        passes.RemoveUnusedFunctionsPass(),
+        passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        passes.LiftSubgraphInitializersToMainGraphPass(),
+        passes.DeduplicateInitializersPass(),
+        passes.CommonSubexpressionEliminationPass(),
+        passes.OutputFixPass(),
+        passes.NameFixPass(),
+    ):
+        each(model)
+
+
+def _functional(graph: torch.fx.Graph) -> bool:
+    """Spell casts as ONNX's translation knows them; whether no node changes its input."""
+    for node in list(graph.nodes):
+        if node.target is aten._assert_tensor_metadata.default:
+            graph.erase_node(node)
+        elif node.target in (aten.to.dtype, aten.to.device):
+            node.args = (node.args[0], node.args[1 + (node.target is aten.to.device)])
+            node.target, node.kwargs = torch.ops.prims.convert_element_type.default, {}
+        elif getattr(getattr(node.target, "_schema", None), "is_mutable", False):
+            return False
+    return True
 
 
 def _quiet() -> None:

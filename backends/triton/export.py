@@ -14,8 +14,9 @@ from torch import Tensor
 import rewriter.model
 from rewriter.backends.triton import compile as aot
 from rewriter.backends.triton import forms, launches, tune
-from rewriter.backends.triton.model import TritonModel, on_device
+from rewriter.backends.triton.model import TritonModel
 from rewriter.backends.triton.prompt import Prompts
+from rewriter.calibration import copy_module
 from rewriter.errors import GateError, RewriterError
 from rewriter.folders import whole_folder
 from rewriter.graph import Graph
@@ -79,12 +80,12 @@ def export_triton(
     made, errors = _converted(model, check, tolerance)
     with whole_folder(folder) as aside:
         made._write(aside)
-        found = record(made.graph, prefill, batch)
+        found = {name: record(made.graph, name, prefill, batch) for name in targets}
         kernels = {
-            name: len(launches.build(found, name, aside / "kernels" / name, aot.CACHE))
-            for name in targets
+            name: len(launches.build(some, name, aside / "kernels" / name, aot.CACHE))
+            for name, some in found.items()
         }
-        configurations = tune.describe(found)
+        configurations = tune.describe(dict.fromkeys(n for some in found.values() for n in some))
         (aside / tune.FILE).write_text(json.dumps(configurations, indent=1) + "\n")
         ops: dict[str, int] = {}
         for node in forms.dialect(made.graph.module):
@@ -160,7 +161,7 @@ def compare(graph: Graph, made: TritonModel) -> dict[str, float]:
     Two rows, the first padded on the left (on the right for a graph without states).
     """
     device, run, prompts = made.device, made.body.run, Prompts(graph)
-    reference = on_device(graph.module, device)
+    reference = copy_module(graph.module)
     reference.train(False)
     total = PREFILL + (STEPS if graph.states else 0)
     mask = torch.ones(2, total, dtype=torch.long)
@@ -193,15 +194,15 @@ def _error(got: Tensor, want: Tensor) -> float:
     return float(difference.square().mean().sqrt() / want.double().square().mean().sqrt())
 
 
-def record(graph: Graph, prefill: Iterable[int], batch: int) -> list[launches.Launch]:
-    """What a GPU launches for prompts of these lengths and for a token after each, without one.
+def record(graph: Graph, target: str, prefill: Iterable[int], batch: int) -> list[launches.Launch]:
+    """What `target` launches for prompts of these lengths and for a token after each, without one.
 
     Kernels are not run: values are zeros, shapes are right.
     """
     prompts = Prompts(graph)
     device = next(iter(graph.parameters()))[1].device
-    body = forms.Interpreted(on_device(graph.module, device))
-    with launches.recording(run=False) as found, torch.no_grad():
+    body = forms.Interpreted(graph.module)
+    with launches.recording(target) as found, torch.no_grad():
         for length in prefill:
             states = [make_state(s) for s in graph.states]
             mask = torch.ones(batch, length + 1, dtype=torch.long)

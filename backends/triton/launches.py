@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,9 +30,9 @@ from rewriter.errors import RewriterError
 from rewriter.kernels.kernel import (
     CONFIGURATIONS,
     OBSERVERS,
-    RECORDING_FOR_GPU,
     Kernel,
     launch_key,
+    recording_for,
 )
 
 BINARY = {"cuda": "cubin", "hip": "hsaco"}
@@ -64,24 +64,22 @@ class Launch:
 
 
 @contextmanager
-def recording(run: bool = True) -> Iterator[dict[Launch, int]]:
-    """Collect launches on CPU tensors, with their number. run: interpret them too; otherwise
-    outputs stay what they were (and `torch.empty` gives zeros, so that no index is wild)."""
+def recording(target: str) -> Iterator[dict[Launch, int]]:
+    """Collect what `target` would launch, with the number of each, and run nothing: outputs stay
+    what they were (`torch.empty` gives zeros, so that no index is wild)."""
     found: dict[Launch, int] = {}
 
     def observe(kernel: Kernel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         given = tuple((k, _pointer(v)) for k, v in sorted(kwargs.items()))
         launch = Launch(kernel, tuple(map(_pointer, args)), given)
         found[launch] = found.get(launch, 0) + 1
-        return not run
+        return True
 
     OBSERVERS.append(observe)
-    before, RECORDING_FOR_GPU[0] = RECORDING_FOR_GPU[0], not run
     try:
-        with nullcontext() if run else _Zeros():
+        with recording_for(target), _Zeros():
             yield found
     finally:
-        RECORDING_FOR_GPU[0] = before
         OBSERVERS.remove(observe)
 
 

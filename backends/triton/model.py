@@ -7,10 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
-from torch.fx.node import map_aggregate
 
 from rewriter.backends.triton import decode, forms
-from rewriter.calibration import copy_module
 from rewriter.graph import Graph
 from rewriter.model import RewrittenModel
 from rewriter.state import State
@@ -65,20 +63,6 @@ class _Body(nn.Module):
         if device.type != "cuda":
             return forms.Interpreted(self.module).run(*values)
         if self._compiled is None or device != self._device:
-            self._compiled = torch.compile(on_device(self.module, device), dynamic=True)
+            self._compiled = torch.compile(self.module, dynamic=True)
             self._device = device
         return self._compiled(*values)
-
-
-def on_device(module: GraphModule, device: torch.device) -> GraphModule:
-    """The graph with `device` wherever it names one: it was captured on another."""
-    made = copy_module(module)
-
-    def moved(value: Any) -> Any:
-        return device if isinstance(value, torch.device) else value
-
-    for node in made.graph.nodes:
-        node.args = map_aggregate(node.args, moved)
-        node.kwargs = map_aggregate(node.kwargs, moved)
-    made.recompile()
-    return made

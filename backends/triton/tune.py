@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -70,7 +70,7 @@ def _best(
     return found[min(times, key=times.__getitem__)]
 
 
-def describe(found: list[Launch]) -> dict[str, Any]:
+def describe(found: Iterable[Launch]) -> dict[str, Any]:
     """What the file holds: for every kind of launch its options, and whether they were measured."""
     rows = {}
     for launch in found:

@@ -62,6 +62,21 @@ def walk(
 
 
 @kernel
+def first_key(
+    INDEX, plan_row, j, low, left, right, KMAX,
+    MODE: tl.constexpr, BLOCK_K: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """The first key of full or partial tile j, where tiles lie inside of blocks."""
+    if INDEX is not None:
+        skip = low if MODE == PARTIAL_TILES else 0  # low: how many full blocks come first
+        block = tl.load(INDEX + plan_row * KMAX + skip + j // (BLOCK_K // BN))
+        return tl.multiple_of(block * BLOCK_K + j % (BLOCK_K // BN) * BN, BN)
+    if MODE != FULL_TILES:
+        j = tl.where(j < left, j, j - left + right) - left
+    return tl.multiple_of(low + (left + j) * BN, BN)
+
+
+@kernel
 def nth(
     INDEX, COLUMNS, plan_row, plan_head, j, listed, low, left, right, S, KMAX, C,
     MODE: tl.constexpr, BLOCK_K: tl.constexpr, BN: tl.constexpr,
@@ -74,16 +89,15 @@ def nth(
     if INDEX is not None:
         skip = low if MODE == PARTIAL_TILES else 0  # low: how many full blocks come first
         if BLOCK_K % BN == 0:
-            block = tl.load(INDEX + plan_row * KMAX + skip + j // (BLOCK_K // BN))
-            return tl.multiple_of(block * BLOCK_K + j % (BLOCK_K // BN) * BN, BN) + i
+            return first_key(
+                INDEX, plan_row, j, low, left, right, KMAX, MODE, BLOCK_K, BN
+            ) + i  # fmt: skip
         e = j * BN + i
         block = tl.load(
             INDEX + plan_row * KMAX + skip + e // BLOCK_K, mask=e // BLOCK_K < listed, other=0
         )
         return tl.where(e // BLOCK_K < listed, block * BLOCK_K + e % BLOCK_K, S)
-    if MODE != FULL_TILES:
-        j = tl.where(j < left, j, j - left + right) - left
-    return tl.multiple_of(low + (left + j) * BN, BN) + i
+    return first_key(INDEX, plan_row, j, low, left, right, KMAX, MODE, BLOCK_K, BN) + i
 
 
 @kernel
@@ -161,13 +175,16 @@ def attend(
     ROWS: tl.constexpr, PACK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
     SINKS: tl.constexpr, SOFTCAP: tl.constexpr, SCATTERED: tl.constexpr, MODES: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """O and LSE of one tile of rows; grid (row tiles, B H / PACK, splits of the keys).
 
-    O: [splits, B, L, H, DV], LSE: [splits, B, H, L].
+    O: [splits, B, L, H, DV], LSE: [splits, B, H, L]. EVEN: no tile of keys and no row of them
+    needs a mask to stay inside. scale > 0.
     """
-    tile, unit, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    # The last rows see most keys: they begin first.
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    unit, split = tl.program_id(1), tl.program_id(2)
     splits = tl.num_programs(2)
     b = unit // (H // PACK)
     h0 = unit % (H // PACK) * PACK
@@ -197,35 +214,68 @@ def attend(
     )  # fmt: skip
     key = K + b.to(tl.int64) * k_b + hk * k_h
     value = V + b.to(tl.int64) * v_b + hk * v_h
+    inside: tl.constexpr = INDEX is None or BLOCK_K % BN == 0
+    per: tl.constexpr = BLOCK_K // BN
     for mode in tl.static_range(0, MODES):
         steps = full if mode == FULL_TILES else (partial if mode == PARTIAL_TILES else columns)
         listed = 0
         if INDEX is not None:
             listed = low if mode == FULL_TILES else tl.load(COUNT + plan_row) - low
         share = (steps + splits - 1) // splits
-        for j in range(split * share, tl.minimum(steps, split * share + share)):
-            n = nth(
-                INDEX, COLUMNS, plan_row, plan_head, j, listed, low, left, right, S, KMAX, C,
-                mode, BLOCK_K, BN,
+        begin, end = split * share, tl.minimum(steps, split * share + share)
+        if inside and INDEX is not None and mode != COLUMN_TILES:
+            blocks = INDEX + plan_row * KMAX + (0 if mode == FULL_TILES else low)
+            # A step ahead of its use, so that no load of keys waits for it.
+            block = tl.load(blocks + begin // per, mask=begin < end, other=0)
+        for j in range(begin, end):
+            if inside and mode != COLUMN_TILES:
+                if INDEX is not None:
+                    at = tl.multiple_of(block * BLOCK_K + j % per * BN, BN)
+                    block = tl.load(blocks + (j + 1) // per, mask=j + 1 < end, other=0)
+                else:
+                    at = first_key(
+                        INDEX, plan_row, j, low, left, right, KMAX, mode, BLOCK_K, BN
+                    )  # fmt: skip
+                n = at + tl.arange(0, BN)
+            else:
+                n = nth(
+                    INDEX, COLUMNS, plan_row, plan_head, j, listed, low, left, right, S, KMAX, C,
+                    mode, BLOCK_K, BN,
+                )  # fmt: skip
+            if EVEN and inside and mode != COLUMN_TILES:
+                k = tl.load(key + n[None, :] * k_s + d[:, None])
+            else:
+                k = tl.load(
+                    key + n[None, :] * k_s + d[:, None],
+                    mask=(n < S)[None, :] & (d < D)[:, None], other=0.0,
+                )  # fmt: skip
+            plain: tl.constexpr = (
+                EVEN and mode == FULL_TILES and not SOFTCAP and BIAS is None
+                and KEY_BIAS is None and KIND is None and DENSE is None
             )  # fmt: skip
-            k = tl.load(
-                key + n[None, :] * k_s + d[:, None],
-                mask=(n < S)[None, :] & (d < D)[:, None], other=0.0,
-            )  # fmt: skip
-            s, _ = scores(
-                q, k, ok, row, head, n, pos_q, group_q, b, plan_head,
-                KIND, DENSE, BIAS, KEY_BIAS, POS_K, GROUP_K, LISTED,
-                dense_b, dense_h, dense_l, dense_s, bias_b, bias_h, bias_l, bias_s,
-                scale, softcap, window, S, T, TK,
-                mode, BLOCK_Q, BLOCK_K, CAUSAL, WINDOW, SINKS, SOFTCAP, PRECISION,
-            )  # fmt: skip
-            v = tl.load(
-                value + n[:, None] * v_s + dv[None, :],
-                mask=(n < S)[:, None] & (dv < DV)[None, :], other=0.0,
-            )  # fmt: skip
-            higher = tl.maximum(top, tl.max(s, 1))
-            safe = tl.where(higher == -float("inf"), 0.0, higher)
-            p = tl.exp2(s - safe[:, None])
+            if plain:  # nothing is hidden: one multiply-add an element takes the scale along
+                s = tl.dot(q, k, input_precision=PRECISION)
+                higher = tl.maximum(top, tl.max(s, 1) * (scale * LOG2E))
+                safe = higher
+                p = tl.exp2(s * (scale * LOG2E) - higher[:, None])
+            else:
+                s, _ = scores(
+                    q, k, ok, row, head, n, pos_q, group_q, b, plan_head,
+                    KIND, DENSE, BIAS, KEY_BIAS, POS_K, GROUP_K, LISTED,
+                    dense_b, dense_h, dense_l, dense_s, bias_b, bias_h, bias_l, bias_s,
+                    scale, softcap, window, S, T, TK,
+                    mode, BLOCK_Q, BLOCK_K, CAUSAL, WINDOW, SINKS, SOFTCAP, PRECISION,
+                )  # fmt: skip
+                higher = tl.maximum(top, tl.max(s, 1))
+                safe = tl.where(higher == -float("inf"), 0.0, higher)
+                p = tl.exp2(s - safe[:, None])
+            if EVEN and inside and mode != COLUMN_TILES:
+                v = tl.load(value + n[:, None] * v_s + dv[None, :])
+            else:
+                v = tl.load(
+                    value + n[:, None] * v_s + dv[None, :],
+                    mask=(n < S)[:, None] & (dv < DV)[None, :], other=0.0,
+                )  # fmt: skip
             kept = tl.exp2(top - safe)
             total = total * kept + tl.sum(p, 1)
             acc = acc * kept[:, None]
@@ -250,39 +300,33 @@ def attend(
 
 @kernel
 def merge_splits(
-    O, LSE, OUT, OUT_LSE, rows, H, L, splits, SINK, DV: tl.constexpr, DVP: tl.constexpr,
-    MAX: tl.constexpr, BR: tl.constexpr,
+    O, LSE, OUT, OUT_LSE, rows, H, L, splits, SINK,
+    DV: tl.constexpr, BD: tl.constexpr, MAX: tl.constexpr,
 ):  # fmt: skip
-    """Disjoint key sets: O [splits, B, L, H, DV] and LSE [splits, B, H, L] to one; rows = B L H."""
-    r = tl.program_id(0) * BR + tl.arange(0, BR)
-    i, dv = tl.arange(0, MAX), tl.arange(0, DVP)
-    ok = r < rows
+    """Disjoint key sets: O [splits, B, L, H, DV] and LSE [splits, B, H, L] to one; rows = B L H.
+
+    grid: (rows, tiles of DV).
+    """
+    r = tl.program_id(0)
+    i, dv = tl.arange(0, MAX), tl.program_id(1) * BD + tl.arange(0, BD)
     b, l, h = r // (L * H), r // H % L, r % H
-    each = (i < splits)[:, None] & ok[None, :]
-    lse = tl.load(
-        LSE + i[:, None] * rows + ((b * H + h) * L + l)[None, :], mask=each, other=-float("inf")
-    )
+    place = (b * H + h) * L + l
+    lse = tl.load(LSE + i * rows + place, mask=i < splits, other=-float("inf"))
     top = tl.max(lse, 0)
     if SINK is not None:
-        sink = tl.load(SINK + h, mask=ok, other=0.0).to(tl.float32)
+        sink = tl.load(SINK + h).to(tl.float32)
         top = tl.maximum(top, sink)
     safe = tl.where(top == -float("inf"), 0.0, top)
-    weight = tl.exp2((lse - safe[None, :]) * LOG2E)
+    weight = tl.exp2((lse - safe) * LOG2E)
     total = tl.sum(weight, 0)
     if SINK is not None:
         total += tl.exp2((sink - safe) * LOG2E)
     some = tl.where(total == 0.0, 1.0, total)
-    acc = tl.zeros([BR, DVP], tl.float32)
-    for j in range(splits):
-        part = tl.load(
-            O + (j * rows + r)[:, None] * DV + dv[None, :],
-            mask=ok[:, None] & (dv < DV)[None, :], other=0.0,
-        )  # fmt: skip
-        share = tl.sum(tl.where((i == j)[:, None], weight, 0.0), 0) / some
-        acc += part.to(tl.float32) * share[:, None]
-    tl.store(
-        OUT + r[:, None] * DV + dv[None, :], acc.to(OUT.dtype.element_ty),
-        mask=ok[:, None] & (dv < DV)[None, :],
+    part = tl.load(
+        O + (i.to(tl.int64) * rows + r)[:, None] * DV + dv[None, :],
+        mask=(i < splits)[:, None] & (dv < DV)[None, :], other=0.0,
     )  # fmt: skip
+    made = tl.sum(part.to(tl.float32) * (weight / some)[:, None], 0)
+    tl.store(OUT + r.to(tl.int64) * DV + dv, made.to(OUT.dtype.element_ty), mask=dv < DV)
     result = tl.where(total == 0.0, -float("inf"), safe + tl.log2(some) * LN2)
-    tl.store(OUT_LSE + (b * H + h) * L + l, result, mask=ok)
+    tl.store(OUT_LSE + place, result)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 def attend(
@@ -32,25 +33,41 @@ def attend(
     return (weights @ value.to(weights.dtype)).to(query.dtype), lse
 
 
-def attend_row(
-    query: Tensor, key: Tensor, value: Tensor, extra: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
-    """`attend` for a few rows in float32 or float64, in plain products: no tiles to fill.
+def attend_rows(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    extra: Tensor | None,
+    scale: float,
+    softcap: float,
+    wants_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """`attend` for a few rows, in plain products where they are float32: no tiles to fill.
 
-    query: [B, Hk, G, D], key, value: [B, Hk, S, D].
+    query: [N, R, D], key, value: [N, S, D], extra: [N, R, S]; output [N, R, Dv], LSE [N, R]. A
+    row that is hidden whole gives zeros and -inf.
     """
-    batch, groups, rows, _ = query.shape
-    query = query.reshape(batch * groups, rows, -1) * scale
-    key, value = (t[0] if batch == 1 else t.flatten(0, 1) for t in (key, value))
-    logits = torch.bmm(query, key.transpose(1, 2))
+    lse: Tensor | None = None
+    if softcap == 0 and query.dtype in (torch.float32, torch.float64):
+        rows, query = query.shape[1], query * scale
+        if rows == 3:  # MKL multiplies four rows in less time
+            query = pad(query, (0, 0, 0, 1))
+        logits = torch.bmm(query, key.mT)
+        if extra is not None:
+            logits[:, :rows] += extra
+        weights = torch.softmax(logits, -1)
+        output = torch.bmm(weights, value)[:, :rows]
+        if wants_lse:  # the greatest weight is exp(top - lse)
+            lse = (logits.amax(-1) - weights.amax(-1).log_())[:, :rows]
+    else:
+        q, k, v, e = (None if t is None else t[:, None] for t in (query, key, value, extra))
+        assert q is not None and k is not None and v is not None
+        output, lse = (t[:, 0] for t in attend(q, k, v, e, scale, softcap))
     if extra is not None:
-        logits += extra.expand(batch, groups, rows, -1).reshape(logits.shape)
-    top = logits.amax(-1, keepdim=True).clamp_min(torch.finfo(logits.dtype).min)
-    weights = logits.sub_(top).exp_()
-    total = weights.sum(-1, keepdim=True)
-    output = torch.bmm(weights, value).div_(total.clamp_min(torch.finfo(total.dtype).tiny))
-    lse = (top + total.log()).view(batch, groups, rows)
-    return output.view(batch, groups, rows, -1), lse
+        empty = (extra == float("-inf")).all(-1)
+        output = output.masked_fill(empty[..., None], 0)
+        lse = None if lse is None else lse.masked_fill(empty, float("-inf"))
+    return output, lse
 
 
 def attend_backward(

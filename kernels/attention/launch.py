@@ -5,41 +5,44 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rewriter.kernels.attention import flash, flash_backward
-from rewriter.kernels.kernel import Compilation, Kernel, for_gpu
+from rewriter.kernels.kernel import Compilation, Kernel, for_gpu, for_hopper, recording_for
 
 #: Programs that a decode step should have, about two for every processor of a large GPU.
 PROGRAMS = 264
+#: Rows of a tile, and how it runs, in 16 bits on sm_90 and sm_100. Measured on an H100 at 32,768
+#: tokens and width 128: two such programs on a processor hide each other's softmax. 128 x 128 in
+#: 8 warps is as fast for a plan and spills; tensor descriptors and warp specialisation of triton
+#: 3.6 change nothing.
+HOPPER_ROWS = 64
+HOPPER = {"num_warps": 4, "num_stages": 3}
 
 
 _recorded: list[Compilation] | None = None
 
 
 @contextmanager
-def recording(case: str) -> Iterator[list[Compilation]]:
-    """Collect what a GPU would compile instead of launching; on tensors of the meta device."""
+def recording(case: str, targets: tuple[str, ...] = ()) -> Iterator[list[Compilation]]:
+    """Collect what GPUs would compile instead of launching; on tensors of the meta device.
+
+    targets: GPUs of one kind that it is for; none: for all, as older ones need it.
+    """
     global _recorded
     kept: list[Compilation] = []
     before = torch.backends.cuda.matmul.allow_tf32
     _recorded, torch.backends.cuda.matmul.allow_tf32 = kept, True
     try:
-        yield kept
+        with recording_for(targets[0] if targets else "any"):
+            yield kept
     finally:
         _recorded, torch.backends.cuda.matmul.allow_tf32 = None, before
-        kept[:] = [_renamed(c, case) for c in kept]
-
-
-def _renamed(found: Compilation, case: str) -> Compilation:
-    return Compilation(
-        found.kernel, case, found.signature, found.constants, found.aligned, found.options,
-        found.matrix_unit,
-    )  # fmt: skip
+        kept[:] = [replace(c, case=case, targets=targets) for c in kept]
 
 
 POINTERS = {
@@ -73,7 +76,7 @@ def launch(kernel: Kernel, grid: tuple[int, ...], *args: Any, **constants: Any) 
 
 def on_gpu(x: Tensor) -> bool:
     """Whether tiles are for a GPU; the interpreter wants few and large ones."""
-    return for_gpu(x) or _recorded is not None or torch.cuda.is_available()
+    return for_gpu(x) or torch.cuda.is_available()
 
 
 def power(n: int, least: int = 16) -> int:
@@ -164,14 +167,12 @@ class Problem:
             programs // -(-self.length // tile["ROWS"]),
             splits,
         )
-        # A second stage of a plan's walk spills on sm_80; whether sm_90 wants it is not timed.
-        stages = 1 if self.index is not None and self._widest() > 64 else 2
         launch(
             flash.attend, grid,
             self.query, self.key, self.value, output, lse, *self._lists(), *self._masks(),
             None if splits > 1 else self.sink, self.start, *self._strides(), self.scale,
             self.softcap, self.window, self.batch, *self._sizes(),
-            **self._constants(), **tile, **self._options(8, stages),
+            EVEN=self._even(tile["BN"]), **self._constants(), **tile, **self._forward_options(),
         )  # fmt: skip
         if splits == 1:
             return output[0], lse[0]
@@ -265,7 +266,7 @@ class Problem:
     def _rows(self, forward: bool) -> dict[str, Any]:
         """How rows and heads make a tile, and what its walk over keys looks like."""
         gpu, wide = on_gpu(self.query), self.query.dtype == torch.float32
-        most = 32 if wide and gpu else (128 if forward else 64)
+        most = 32 if wide and gpu else (128 if forward and not for_hopper(self.query) else 64)
         narrow = gpu and (wide or (self._widest() > 64 and not forward))
         group = self.heads // self.groups
         pack, rows = 1, most
@@ -320,6 +321,19 @@ class Problem:
             "PRECISION": precision(self.query.dtype),
         }  # fmt: skip
 
+    def _even(self, keys: int) -> bool:
+        """Whether no tile of keys, columns apart, reaches beyond what there is."""
+        whole = self.width == power(self.width) and self.width_v == power(self.width_v)
+        tile = keys if self.index is None else self.block_k
+        return whole and tile % keys == 0 and self.keys % tile == 0 and self.scale > 0
+
+    def _forward_options(self) -> dict[str, int]:
+        if self.query.dtype == torch.float32 or not for_hopper(self.query):
+            # A second stage of a plan's walk spills on sm_80.
+            stages = 1 if self.index is not None and self._widest() > 64 else 2
+            return self._options(8, stages)
+        return HOPPER
+
     def _widest(self) -> int:
         return max(power(self.width), power(self.width_v))
 
@@ -338,10 +352,11 @@ def merge_splits(
     result = output.new_empty(output.shape[1:], dtype=dtype)
     normaliser = torch.empty_like(lse[0])
     rows = batch * length * heads
+    columns = min(power(width, 1), 64)
     launch(
-        flash.merge_splits, (-(-rows // 4),),
+        flash.merge_splits, (rows, -(-width // columns)),
         output, lse, result, normaliser, rows, heads, length, splits, sink,
-        DV=width, DVP=power(width, 1), MAX=power(splits, 1), BR=4,
+        DV=width, BD=columns, MAX=power(splits, 1),
     )  # fmt: skip
     return result, normaliser
 

@@ -8,59 +8,23 @@ import torch
 from torch import Tensor
 
 from rewriter.kernels.attention import cpu
-from rewriter.kernels.autograd import register_triton
+from rewriter.kernels.attention.arguments import Arguments
+from rewriter.kernels.autograd import register_cpu, register_triton
 from rewriter.kernels.mixer import MixerSpec, register_mixer
+from rewriter.kernels.schema import inputs, names
 
-INPUTS = (
-    "Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? bias, Tensor? sink_logits, "
-    "Tensor? key_positions, float scale, bool causal, int window, int chunk, int sinks, "
-    "float softcap"
+INPUTS, NAMES = inputs(Arguments), names(Arguments)
+
+
+@torch.library.custom_op(
+    "rewriter::attention", mutates_args=(), schema=f"({INPUTS}) -> Tensor output"
 )
-NAMES = tuple(part.rsplit(" ", 1)[1] for part in INPUTS.split(", "))
+def attention(*args: Any) -> Tensor:
+    """Softmax attention of `Arguments`, in their order.
 
-
-@torch.library.custom_op("rewriter::attention", mutates_args=())
-def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    bias: Tensor | None,
-    sink_logits: Tensor | None,
-    key_positions: Tensor | None,
-    scale: float,
-    causal: bool,
-    window: int,
-    chunk: int,
-    sinks: int,
-    softcap: float,
-) -> Tensor:
-    """Softmax attention.
-
-    Args:
-        query: [B, H, L, D]. The queries are the last L of the sequence.
-        key: [B, Hk, S, D], Hk divides H; query head h reads key head h // (H // Hk).
-        value: [B, Hk, S, Dv].
-        mask: [B, S] (true: a real token) or [B or 1, H or 1, L, S] (true: visible).
-        bias: added to the logits, broadcastable to [B, H, L, S] (ALiBi, relative positions).
-        sink_logits: [H], one learned logit a head that only takes part in the normaliser.
-        key_positions: [B, S] int, the column of each key, for a cache that has dropped some;
-            its first `sinks` slots hold the sinks, and its largest entry is the last query.
-        scale: multiplies the logits.
-        causal: a query sees keys up to its own column.
-        window: 0, or a query sees only keys with |distance| < window (and the sinks).
-        chunk: 0, or a query sees only keys of its own chunk of this many columns, counted from
-            the first real token of its row (from column 0 without a mask [B, S]).
-        sinks: with a window, the first real tokens of a row stay visible.
-        softcap: 0, or logits become softcap * tanh(logits / softcap).
-
-    Returns:
-        [B, L, H, Dv]. A row that sees nothing is zero.
+    Returns [B, L, H, Dv]. A row that sees nothing is zero.
     """
-    return cpu.attention_with_lse(
-        query, key, value, mask, bias, sink_logits, key_positions, scale, causal, window, chunk,
-        sinks, softcap,
-    )[0].contiguous()  # fmt: skip
+    return cpu.attention(*args).contiguous()
 
 
 @attention.register_fake
@@ -147,6 +111,7 @@ def _backward(
 for _op in (attention, attention_with_lse):
     _op.register_autograd(_backward, setup_context=_setup)
     register_mixer(_op, MixerSpec("kv_append", normalised=True))
+    register_cpu(_op)
 register_triton(attention)
 
 

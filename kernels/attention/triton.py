@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rewriter.kernels.attention.launch import Problem, recording
-from rewriter.kernels.kernel import Compilation
+from rewriter.kernels.kernel import NEWER, OLDER, Compilation
 
 
 def key_kinds(mask: Tensor | None, key: Tensor, sinks: int) -> Tensor | None:
@@ -129,12 +129,11 @@ def gradients(
     problem = _problem(*args)
     found = problem.backward(grad_output, grad_lse, *problem.forward(), wants_bias=wants_bias)
     query, bias, sink = args[0], args[4], args[5]
-    empty = query.new_empty(0)
     dbias, dsink = found["bias"], found["sink"]
     return (
         found["query"], found["key"], found["value"],
-        empty if dbias is None else dbias.view(bias.shape).to(bias.dtype),
-        empty if dsink is None else dsink.to(sink.dtype),
+        query.new_empty(0) if dbias is None else dbias.view(bias.shape).to(bias.dtype),
+        query.new_empty(0) if dsink is None else dsink.to(sink.dtype),
     )  # type: ignore[return-value]  # fmt: skip
 
 
@@ -154,13 +153,15 @@ def compilations() -> list[Compilation]:
         query = torch.empty(1, 32, 4096, width, dtype=dtype, device="meta")
         key = torch.empty(1, 8, 4096, width, dtype=dtype, device="meta")
         name = f"{str(dtype)[6:]} {width}"
-        for kind, window in (("causal", 0), ("window", 512)):
-            with recording(f"{kind} {name}") as some:
-                problem = Problem(query, key, key, width**-0.5, causal=True, window=window)
-                output, lse = problem.forward()
-                problem.backward(output, None, output, lse)
+        for targets in (OLDER, NEWER) if dtype != torch.float32 else ((),):
+            on = f"{name} {' '.join(targets)}".strip()
+            for kind, window in (("causal", 0), ("window", 512)):
+                with recording(f"{kind} {on}", targets) as some:
+                    problem = Problem(query, key, key, width**-0.5, causal=True, window=window)
+                    output, lse = problem.forward()
+                    problem.backward(output, None, output, lse)
+                found += some
+            with recording(f"decode {on}", targets) as some:
+                Problem(query[:, :, :1], key, key, width**-0.5, causal=True).forward()
             found += some
-        with recording(f"decode {name}") as some:
-            Problem(query[:, :, :1], key, key, width**-0.5, causal=True).forward()
-        found += some
     return found

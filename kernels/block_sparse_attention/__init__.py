@@ -5,9 +5,14 @@ from __future__ import annotations
 from torch import Tensor
 
 from rewriter.kernels.block_sparse_attention import op
-from rewriter.kernels.block_sparse_attention.plan import BlockPlan, DecodePlan, select_blocks
+from rewriter.kernels.block_sparse_attention.plan import (
+    BlockPlan,
+    DecodePlan,
+    select_blocks,
+    select_pages,
+)
 
-__all__ = ["BlockPlan", "DecodePlan", "block_sparse_attention", "select_blocks"]
+__all__ = ["BlockPlan", "DecodePlan", "block_sparse_attention", "select_blocks", "select_pages"]
 
 
 def block_sparse_attention(

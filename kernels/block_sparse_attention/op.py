@@ -7,17 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rewriter.kernels.autograd import register_triton
+from rewriter.kernels.autograd import expect, register_cpu, register_triton
 from rewriter.kernels.block_sparse_attention import cpu
+from rewriter.kernels.block_sparse_attention.arguments import Arguments
 from rewriter.kernels.mixer import MixerSpec, register_mixer
+from rewriter.kernels.schema import inputs, names
 
-INPUTS = (
-    "Tensor query, Tensor key, Tensor value, Tensor index, Tensor count, Tensor full, "
-    "Tensor? mask, Tensor? columns, Tensor? pos_q, Tensor? pos_k, Tensor? group_q, "
-    "Tensor? group_k, Tensor? key_bias, float scale, int block_q, int block_k, bool causal, "
-    "int window, int sinks, float softcap"
-)
-NAMES = tuple(part.rsplit(" ", 1)[1] for part in INPUTS.split(", "))
+INPUTS, NAMES = inputs(Arguments), names(Arguments)
 
 
 @torch.library.custom_op(
@@ -25,48 +21,14 @@ NAMES = tuple(part.rsplit(" ", 1)[1] for part in INPUTS.split(", "))
     mutates_args=(),
     schema=f"({INPUTS}) -> (Tensor output, Tensor lse)",
 )
-def block_sparse_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    index: Tensor,
-    count: Tensor,
-    full: Tensor,
-    mask: Tensor | None,
-    columns: Tensor | None,
-    pos_q: Tensor | None,
-    pos_k: Tensor | None,
-    group_q: Tensor | None,
-    group_k: Tensor | None,
-    key_bias: Tensor | None,
-    scale: float,
-    block_q: int,
-    block_k: int,
-    causal: bool,
-    window: int,
-    sinks: int,
-    softcap: float,
-) -> tuple[Tensor, Tensor]:
-    """Softmax attention over the listed blocks of keys.
-
-    Args:
-        query: [B, H, L, D], the last L of the S columns.
-        key, value: [B, Hk, S, D] and [B, Hk, S, Dv]; query head h reads head h // (H // Hk).
-        index, count, full, columns, pos_q, pos_k, group_q, group_k, key_bias, block_q, block_k,
-            causal, window, sinks: the fields of a `BlockPlan`, which says what they mean.
-        mask: [B, S], true at real tokens.
-        scale: multiplies the logits.
-        softcap: 0, or logits become softcap * tanh(logits / softcap).
+def block_sparse_attention(*args: Any) -> tuple[Tensor, Tensor]:
+    """Softmax attention over the listed blocks of keys, of `Arguments` in their order.
 
     Returns:
         output: [B, L, H, Dv]; a row that sees nothing is zero.
         lse: [B, H, L], float32 (float64 for float64), the log of the softmax's normaliser; -inf
             for a row that sees nothing. Differentiable, so that partial results can be merged.
     """
-    args = (
-        query, key, value, index, count, full, mask, columns, pos_q, pos_k, group_q, group_k,
-        key_bias, scale, block_q, block_k, causal, window, sinks, softcap,
-    )  # fmt: skip
     check(*args)
     return cpu.block_sparse_attention(*args)
 
@@ -106,43 +68,38 @@ def _(
 
 def check(*args: Any) -> None:
     """ValueError that names the argument whose shape is wrong."""
-    given = dict(zip(NAMES, args, strict=True))
-    query, key, value, index = (given[n] for n in ("query", "key", "value", "index"))
+    given, name = Arguments(*args), "block_sparse_attention"
+    query, key, value, index = given.query, given.key, given.value, given.index
     if not query.dim() == key.dim() == value.dim() == index.dim() == 4:
-        raise ValueError("block_sparse_attention: query, key, value and index have 4 dimensions")
-    batch, heads, length, width = query.shape
-    groups, keys = key.shape[1], key.shape[2]
+        raise ValueError(f"{name}: query, key, value and index have 4 dimensions")
+    (batch, heads, length, width), (_, groups, keys, _) = query.shape, key.shape
     some, plan_heads, tiles, _ = index.shape
     if heads % groups or heads % plan_heads:
         raise ValueError(
-            f"block_sparse_attention: {heads} query heads, {groups} key heads, {plan_heads} heads "
-            "of the plan: the last two must divide the first"
+            f"{name}: {heads} query heads, {groups} key heads, {plan_heads} heads of the plan: "
+            "the last two must divide the first"
         )
     if plan_heads not in (1, groups, heads) or some not in (1, batch):
         raise ValueError(
-            f"block_sparse_attention: a plan for batch {some} and {plan_heads} heads on batch "
-            f"{batch}, {heads} query and {groups} key heads; heads must be one of these or 1"
+            f"{name}: a plan for batch {some} and {plan_heads} heads on batch {batch}, {heads} "
+            f"query and {groups} key heads; heads must be one of these or 1"
         )
-    for name, shape in (
-        ("key", (batch, groups, keys, width)),
-        ("value", (batch, groups, keys, value.shape[3])),
-        ("count", (some, plan_heads, tiles)),
-        ("full", (some, plan_heads, tiles)),
-        ("mask", (batch, keys)),
-        ("pos_q", (some, plan_heads, length)),
-        ("pos_k", (some, plan_heads, keys)),
-        ("group_q", (some, plan_heads, length)),
-        ("group_k", (some, plan_heads, keys)),
-        ("key_bias", (some, plan_heads, keys)),
-    ):
-        if given[name] is not None and tuple(given[name].shape) != shape:
-            raise ValueError(
-                f"block_sparse_attention: {name} is {tuple(given[name].shape)}, expected {shape}"
-            )
-    if tiles != (length + given["block_q"] - 1) // given["block_q"]:
+    expect(
+        name,
+        ("key", key, (batch, groups, keys, width)),
+        ("value", value, (batch, groups, keys, value.shape[3])),
+        ("count", given.count, (some, plan_heads, tiles)),
+        ("full", given.full, (some, plan_heads, tiles)),
+        ("mask", given.mask, (batch, keys)),
+        ("pos_q", given.pos_q, (some, plan_heads, length)),
+        ("pos_k", given.pos_k, (some, plan_heads, keys)),
+        ("group_q", given.group_q, (some, plan_heads, length)),
+        ("group_k", given.group_k, (some, plan_heads, keys)),
+        ("key_bias", given.key_bias, (some, plan_heads, keys)),
+    )
+    if tiles != (length + given.block_q - 1) // given.block_q:
         raise ValueError(
-            f"block_sparse_attention: a plan of {tiles} query blocks of {given['block_q']} for "
-            f"{length} queries"
+            f"{name}: a plan of {tiles} query blocks of {given.block_q} for {length} queries"
         )
 
 
@@ -171,6 +128,7 @@ def _backward(
 
 block_sparse_attention.register_autograd(_backward, setup_context=_setup)
 register_mixer(block_sparse_attention, MixerSpec("kv_append", normalised=True))
+register_cpu(block_sparse_attention)
 register_triton(block_sparse_attention)
 
 

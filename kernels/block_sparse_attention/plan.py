@@ -282,15 +282,29 @@ class DecodePlan:
 
     @classmethod
     def from_scores(cls, scores: Tensor, pages: int, page: int, keys: int) -> DecodePlan:
-        """The `pages` best pages by scores [B, Hm, ceil(S / page)], and the last one always."""
-        scores = scores.clone()
-        scores[..., -(-keys // page) - 1] = float("inf")
-        scores = scores[..., : -(-keys // page)]
-        index = scores.topk(min(pages, scores.shape[-1]), -1).indices.sort(-1).values
-        count = torch.full(index.shape[:2], index.shape[2], device=scores.device)
-        return cls(index.to(torch.int32), count.to(torch.int32), page)
+        """The last page and the best of the others, `pages` of them.
+
+        scores: [B, Hm, ceil(S / page)], or longer where the cache has room for more.
+        """
+        tiles = -(-keys // page)
+        scores = scores[..., :tiles].clone()
+        scores[..., -1] = float("inf")
+        index = scores.topk(min(pages, tiles), -1).indices.to(torch.int32)
+        return cls(index, index.new_full(index.shape[:2], index.shape[2]), page)
 
     def prefill(self) -> BlockPlan:
         """As a block plan: one query row, every page full (its row sees all that is cached)."""
         count = self.count[..., None]
         return BlockPlan(self.index[:, :, None], count, count, 1, self.page)
+
+
+def select_pages(query: Tensor, means: Tensor, pages: int, page: int, keys: int) -> DecodePlan:
+    """The last page, and those of greatest mean query . mean key, `pages` of them.
+
+    query: [B, H, 1, D], of which the heads of a group choose together. means: [B, Hk, T, D], the
+    mean key of each page, T = ceil(keys / page) or more. Class S: nothing later takes part.
+    """
+    batch, groups, tiles, width = means.shape
+    together = query.reshape(batch * groups, -1, width).sum(1, keepdim=True)
+    scores = torch.bmm(together, means.flatten(0, 1).mT)
+    return DecodePlan.from_scores(scores.view(batch, groups, tiles), pages, page, keys)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from rewriter.kernels.block_sparse_attention.arguments import Arguments
 from rewriter.kernels.block_sparse_attention.plan import block_maps
 
 
@@ -54,39 +57,21 @@ def visible(
     return keep if mask is None else keep & mask.bool()[:, None, None, :]
 
 
-def block_sparse_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    index: Tensor,
-    count: Tensor,
-    full: Tensor,
-    mask: Tensor | None,
-    columns: Tensor | None,
-    pos_q: Tensor | None,
-    pos_k: Tensor | None,
-    group_q: Tensor | None,
-    group_k: Tensor | None,
-    key_bias: Tensor | None,
-    scale: float,
-    block_q: int,
-    block_k: int,
-    causal: bool,
-    window: int,
-    sinks: int,
-    softcap: float,
-) -> tuple[Tensor, Tensor]:
-    """In the inputs' own precision; see `op.block_sparse_attention` for the arguments."""
-    heads = query.shape[1]
-    key, value = (t.repeat_interleave(heads // t.shape[1], 1) for t in (key, value))
-    logits = query @ key.transpose(-1, -2) * scale
-    if softcap > 0:
-        logits = softcap * torch.tanh(logits / softcap)
-    if key_bias is not None:
-        logits = logits + key_bias.repeat_interleave(heads // key_bias.shape[1], 1)[:, :, None]
+def block_sparse_attention(*args: Any) -> tuple[Tensor, Tensor]:
+    """Arguments and results of the op, in the inputs' own precision."""
+    given = Arguments(*args)
+    query, heads = given.query, given.query.shape[1]
+    key, value = (t.repeat_interleave(heads // t.shape[1], 1) for t in (given.key, given.value))
+    logits = query @ key.transpose(-1, -2) * given.scale
+    if given.softcap > 0:
+        logits = given.softcap * torch.tanh(logits / given.softcap)
+    if given.key_bias is not None:
+        bias = given.key_bias
+        logits = logits + bias.repeat_interleave(heads // bias.shape[1], 1)[:, :, None]
     keep = visible(
-        query.shape[2], key.shape[2], index, count, full, mask, columns, pos_q, pos_k, group_q,
-        group_k, block_q, block_k, causal, window, sinks,
+        query.shape[2], key.shape[2], given.index, given.count, given.full, given.mask,
+        given.columns, given.pos_q, given.pos_k, given.group_q, given.group_k, given.block_q,
+        given.block_k, given.causal, given.window, given.sinks,
     )  # fmt: skip
     logits = logits.masked_fill(~keep.repeat_interleave(heads // keep.shape[1], 1), float("-inf"))
     lse = torch.logsumexp(logits, -1)

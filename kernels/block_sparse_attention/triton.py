@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rewriter.kernels.attention.launch import Problem, recording
 from rewriter.kernels.attention.triton import key_kinds
-from rewriter.kernels.kernel import Compilation
+from rewriter.kernels.kernel import NEWER, OLDER, Compilation
 
 
 def _problem(
@@ -84,22 +84,24 @@ def compilations() -> list[Compilation]:
         query = torch.empty(1, 32, 4096, width, dtype=dtype, device="meta")
         key = torch.empty(1, 8, 4096, width, dtype=dtype, device="meta")
         name = f"{str(dtype)[6:]} {width}"
-        for case, rows, block_q, block_k, listed in (
-            ("prefill 128", 4096, 128, 128, 8),
-            ("prefill 64", 4096, 64, 64, 8),
-            ("token queries", 4096, 1, 64, 16),
-            ("decode page 64", 1, 1, 64, 16),
-            ("decode page 16", 1, 1, 16, 64),
-        ):
-            count = torch.empty(1, 8, rows // block_q, dtype=torch.int32, device="meta")
-            index = torch.empty(*count.shape, listed, dtype=torch.int32, device="meta")
-            with recording(f"{case} {name}") as some:
-                problem = Problem(
-                    query[:, :, :rows], key, key, width**-0.5, causal=True, index=index,
-                    count=count, full=count, block_q=block_q, block_k=block_k, plan_heads=8,
-                )  # fmt: skip
-                output, lse = problem.forward()
-                if rows > 1:
-                    problem.backward(output, None, output, lse)
-            found += some
+        for targets in (OLDER, NEWER) if dtype != torch.float32 else ((),):
+            on = f"{name} {' '.join(targets)}".strip()
+            for case, rows, block_q, block_k, listed in (
+                ("prefill 128", 4096, 128, 128, 8),
+                ("prefill 64", 4096, 64, 64, 8),
+                ("token queries", 4096, 1, 64, 16),
+                ("decode page 64", 1, 1, 64, 16),
+                ("decode page 16", 1, 1, 16, 64),
+            ):
+                count = torch.empty(1, 8, rows // block_q, dtype=torch.int32, device="meta")
+                index = torch.empty(*count.shape, listed, dtype=torch.int32, device="meta")
+                with recording(f"{case} {on}", targets) as some:
+                    problem = Problem(
+                        query[:, :, :rows], key, key, width**-0.5, causal=True, index=index,
+                        count=count, full=count, block_q=block_q, block_k=block_k, plan_heads=8,
+                    )  # fmt: skip
+                    output, lse = problem.forward()
+                    if rows > 1:
+                        problem.backward(output, None, output, lse)
+                found += some
     return found

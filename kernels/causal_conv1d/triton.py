@@ -171,7 +171,8 @@ def forward(
     past = x.new_zeros(batch, channels, k - 1) if state is None else state.to(x.dtype)
     y = _Convolution.apply(x, weight, bias, past, activation == "silu")
     if length >= k - 1:
-        return y, x[:, length - k + 1 :].transpose(1, 2).contiguous()
+        last = x[:, length - k + 1 :].transpose(1, 2)
+        return y, last.clone(memory_format=torch.contiguous_format)
     return y, torch.cat([past[..., length:], x.transpose(1, 2)], 2)
 
 

@@ -7,14 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rewriter.kernels.autograd import register_triton
+from rewriter.kernels.autograd import register_cpu, register_triton
 from rewriter.kernels.dense_sparse_linear import cpu
 
 
 @torch.library.custom_op(
     "rewriter::dense_sparse_linear",
     mutates_args=(),
-    device_types="cpu",
     schema="(Tensor x, Tensor basis, Tensor index, Tensor value, Tensor? bias) -> Tensor",
 )
 def dense_sparse_linear(
@@ -62,4 +61,5 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 dense_sparse_linear.register_autograd(_backward, setup_context=_setup)
+register_cpu(dense_sparse_linear)
 register_triton(dense_sparse_linear)

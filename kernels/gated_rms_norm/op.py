@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rewriter.kernels.autograd import register_recompute, register_triton
+from rewriter.kernels.autograd import register_cpu, register_recompute, register_triton
 from rewriter.kernels.gated_rms_norm import reference
 
 
@@ -52,4 +52,5 @@ def _check(x: Tensor, gate: Tensor | None, weight: Tensor, group_size: int) -> N
 
 
 register_recompute(gated_rms_norm, reference.gated_rms_norm)
+register_cpu(gated_rms_norm)
 register_triton(gated_rms_norm)

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from rewriter.kernels.autograd import without_autocast
+
 Options = tuple[float, int, bool, int, str, float]
 Blocks = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
@@ -43,8 +45,7 @@ def hybrid_attention(
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
     types = (key.dtype, value.dtype, key_features.dtype, key.dtype, value.dtype)
     options = (scale, window, block_aligned, sinks, reference, far_cap)
-    kind = query.device.type if query.device.type != "meta" else "cpu"  # meta has no autocast
-    with torch.autocast(kind, torch.bfloat16, enabled=False):
+    with without_autocast(query):
         one = query.shape[2] == 1
         keep = blocks is not None and not one
         given = (query, key, value, query_features, key_features)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rewriter.kernels.autograd import register_recompute, register_triton
+from rewriter.kernels.autograd import expect, register_cpu, register_recompute, register_triton
 from rewriter.kernels.hybrid_attention import cpu
 from rewriter.kernels.mixer import MixerSpec, StateTensor, register_mixer
 
@@ -89,7 +89,8 @@ def _shapes(
         (batch, groups, size),
         (batch,),
     ]
-    given = [
+    expect(
+        "hybrid_attention",
         ("key", key, (batch, kv_heads, length, width)),
         ("value", value, (batch, kv_heads, length, out)),
         ("query_features", query_features, (batch, heads, length, size)),
@@ -97,16 +98,14 @@ def _shapes(
         ("gate", gate, (batch, heads, length)),
         ("mask", mask, (batch, length)),
         *zip(STATE, state, shapes, strict=True),
-    ]
-    for name, tensor, shape in given:
-        if tensor is not None and tuple(tensor.shape) != shape:
-            raise ValueError(f"hybrid_attention: {name} is {tuple(tensor.shape)}, expected {shape}")
+    )
     if len({t is None for t in state}) > 1:
         raise ValueError("hybrid_attention: give all tensors of the state or none")
     return [(batch, length, heads, out), *shapes]
 
 
 register_recompute(hybrid_attention, cpu.hybrid_attention)
+register_cpu(hybrid_attention)
 register_triton(hybrid_attention)
 register_mixer(
     hybrid_attention,

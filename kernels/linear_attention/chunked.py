@@ -20,6 +20,22 @@ from rewriter.kernels.kernel import kernel
 
 
 @kernel
+def chunk_sums(
+    X, G, T, chunks, heads, per_x, xb, xt, xh, LEAST: tl.constexpr, BT: tl.constexpr
+):  # fmt: skip
+    """G: sums of max(X, LEAST) since the chunk began; grid: (chunks, B S).
+
+    The other kernels take differences of these sums, so they are added in float64.
+    """
+    c, bs = tl.program_id(0), tl.program_id(1)
+    b, s = (bs // heads).to(tl.int64), bs % heads
+    t = c * BT + tl.arange(0, BT)
+    x = tl.load(X + b * xb + t * xt + s // per_x * xh, mask=t < T, other=0.0)
+    total = tl.cumsum(tl.maximum(x, LEAST).to(tl.float64), 0)
+    tl.store(G + bs.to(tl.int64) * chunks * BT + t, total.to(tl.float32))
+
+
+@kernel
 def enter_states(
     K, V, G, GAIN, S0, ENTER, FINAL,
     T, chunks, heads, width_k, width_v, per_k, per_v, kb, kt, kh, vb, vt, vh,

@@ -7,11 +7,13 @@ every chunk, is ever stored.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rewriter.kernels.autograd import without_autocast
 from rewriter.kernels.linear_attention.reference import inert, state_heads
 
 CHUNK = 64
@@ -34,7 +36,7 @@ def linear_attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Same contract as the package's function; differentiable, float32 inside (or float64)."""
     wide = torch.float64 if v.dtype == torch.float64 else torch.float32
-    with torch.autocast(v.device.type, enabled=False):
+    with without_autocast(v):
         S = state_heads(k, v, log_decay, beta)
         size = (v.shape[0], S, k.shape[3])
         if state is None:
@@ -47,10 +49,40 @@ def linear_attention(
         tokens: list[Any] = [None if t is None else t.to(wide) for t in real]
         q, k, v, log_decay, beta = tokens
         sums = None if z is None else z.to(wide)
-        y, state, z = chunked(
-            q, k, v, log_decay, beta, state.to(wide), sums, scale=scale, chunk=chunk
-        )
+        form = step if v.shape[1] == 1 else partial(chunked, chunk=chunk)
+        y, state, z = form(q, k, v, log_decay, beta, state.to(wide), sums, scale=scale)
         return y.to(dtype), state, v.new_zeros(*size[:2], 0, dtype=wide) if z is None else z
+
+
+def step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    beta: Tensor | None,
+    state: Tensor,
+    z: Tensor | None,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`chunked` for one token: the queries of a state are rows of one product."""
+    batch, S, size, _ = state.shape
+    k, v = _repeat(k[:, 0], S, 1), _repeat(v[:, 0], S, 1)
+    if log_decay is not None:
+        kept = torch.exp(_repeat(log_decay[:, 0], S, 1)).reshape(batch, S, -1)
+        state, z = kept[..., None] * state, None if z is None else kept * z
+    if beta is not None:
+        held = torch.bmm(k.reshape(-1, 1, size), state.flatten(0, 1)).view(v.shape)
+        v = _repeat(beta[:, 0], S, 1)[..., None] * (v - held)
+    state = torch.addcmul(state, k[..., None], v[..., None, :])
+    heads = max(S, q.shape[2])
+    q = _repeat(q[:, 0], heads, 1).reshape(batch * S, -1, size)
+    q = q if scale == 1 else q * scale
+    y = torch.bmm(q, state.flatten(0, 1))
+    if z is not None:
+        z = z + k
+        total = torch.bmm(q, z.reshape(-1, size, 1))
+        y = y / total.masked_fill(total == 0, math.inf)
+    return y.view(batch, 1, heads, -1), state, z
 
 
 def chunked(
@@ -104,7 +136,7 @@ def chunked(
         kept = state if through is None else through[..., None] * state
         if z is not None:
             total = weights.sum(-1, keepdim=True) + torch.bmm(reading, z.flatten(0, 1)[..., None])
-            y = torch.where(total == 0, 0, y / torch.where(total == 0, 1, total))
+            y = y / total.masked_fill(total == 0, math.inf)
             z = (z if through is None else through * z) + writing.sum(1).view_as(z)
         state = torch.baddbmm(kept.flatten(0, 1), writing.mT, v).view_as(state)
         outputs.append(y.view(state.shape[0], S * rows, -1, y.shape[-1]).transpose(1, 2))

@@ -9,6 +9,7 @@ import triton
 from torch import Tensor
 from torch.nn.functional import pad
 
+from rewriter.kernels.kernel import for_hopper
 from rewriter.kernels.linear_attention import chunked as kernels
 from rewriter.kernels.linear_attention.recurrent import recurrent as recurrent_kernel
 
@@ -24,6 +25,23 @@ def tiles(dtype: torch.dtype, size: int, width: int) -> dict[str, Any]:
     fit = lambda n: min(largest, max(16, triton.next_power_of_2(n)))  # noqa: E731
     constants = {"BT": largest, "BK": fit(size), "BV": fit(width), "PRECISION": "ieee"}
     return {**constants, "num_warps": 4, "num_stages": 2}
+
+
+def state_tiles(x: Tensor, size: int, width: int) -> dict[str, Any]:
+    """As `tiles`, for `enter_states` on x's device: a chain of loads, so many are under way."""
+    options = tiles(x.dtype, size, width)
+    if x.dtype in LOW_PRECISION and for_hopper(x):
+        options |= {"num_warps": 8, "num_stages": 4}
+    return options
+
+
+def output_tiles(x: Tensor, size: int, width: int) -> dict[str, Any]:
+    """As `tiles`, for `outputs` on x's device: the fewer tiles, the less is read twice."""
+    options = tiles(x.dtype, size, width)
+    if x.dtype in LOW_PRECISION and for_hopper(x):
+        whole = {b: max(16, triton.next_power_of_2(n)) for b, n in (("BK", size), ("BV", width))}
+        options |= {b: min(128, n) for b, n in whole.items()} | {"num_warps": 8}
+    return options
 
 
 def recurrent_tiles(size: int) -> dict[str, Any]:
@@ -45,15 +63,37 @@ def query_key_tiles(dtype: torch.dtype, size: int, width: int) -> dict[str, Any]
 
 def per_state(t: Tensor, states: int, chunk: int) -> Tensor:
     """[B, T, heads] to [B, states, T rounded up to whole chunks], zeros at the end."""
-    t = t.repeat_interleave(states // t.shape[2], 2).transpose(1, 2)
-    return pad(t, (0, -t.shape[2] % chunk))
+    if states != t.shape[2]:
+        t = t.repeat_interleave(states // t.shape[2], 2)
+    return pad(t.transpose(1, 2), (0, -t.shape[1] % chunk))
 
 
 def chunk_sums(log_decay: Tensor, states: int, chunk: int) -> Tensor:
     """Sum of the log decays [B, T, heads] since each chunk began, float32 [B, states, padded T]."""
-    # The kernels take differences of these sums: added in float64, and none far below 0.
-    g = per_state(log_decay.double().clamp(min=LEAST_DECAY), states, chunk)
-    return g.unflatten(2, (-1, chunk)).cumsum(3).flatten(2).float()
+    return _ChunkSums.apply(log_decay, states, chunk)
+
+
+class _ChunkSums(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, log_decay: Tensor, states: int, chunk: int) -> Tensor:
+        ctx.save_for_backward(log_decay)
+        ctx.chunk = chunk
+        batch, length, heads = log_decay.shape
+        chunks = triton.cdiv(length, chunk)
+        g = log_decay.new_empty(batch, states, chunks * chunk, dtype=torch.float32)
+        kernels.chunk_sums[(chunks, batch * states)](
+            log_decay, g, length, chunks, states, states // heads, *log_decay.stride(),
+            LEAST=LEAST_DECAY, BT=chunk, num_warps=1,
+        )  # fmt: skip
+        return g
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (log_decay,) = ctx.saved_tensors
+        length, heads = log_decay.shape[1:]
+        each = grad.double().unflatten(2, (-1, ctx.chunk)).flip(3).cumsum(3).flip(3).flatten(2)
+        whole = each[:, :, :length].unflatten(1, (heads, -1)).sum(2).transpose(1, 2)
+        return torch.where(log_decay < LEAST_DECAY, 0, whole).to(log_decay.dtype), None, None
 
 
 class Chunked(torch.autograd.Function):
@@ -136,22 +176,28 @@ class _Call:
 
     def enter(self) -> tuple[Tensor, Tensor]:
         enter, final = self.all_states(), self.one_state()
-        kernels.enter_states[(self.tiles_k, self.tiles_v, self.batch * self.states)](
+        options = state_tiles(self.v, self.size, self.width)
+        tiles_k, tiles_v = (
+            triton.cdiv(n, options[b]) for n, b in ((self.size, "BK"), (self.width, "BV"))
+        )
+        kernels.enter_states[(tiles_k, tiles_v, self.batch * self.states)](
             self.k, self.v, self.given(self.g), self.given(self.gain), self.given(self.state),
             enter, final, self.length, self.chunks, self.states, self.size, self.width,
             self.per_k, self.per_v, *self.strides[3:],
-            **self.flags, HAS_STATE=self.state is not None, **self.options,
+            **self.flags, HAS_STATE=self.state is not None, **options,
         )  # fmt: skip
         return enter, final
 
     def outputs(self, enter: Tensor, dtype: torch.dtype) -> Tensor:
         y = self.v.new_empty(self.batch, self.length, self.heads, self.width, dtype=dtype)
-        kernels.outputs[(self.tiles_v, self.chunks, self.batch * self.heads)](
+        options = output_tiles(self.v, self.size, self.width)
+        tiles_v = triton.cdiv(self.width, options["BV"])
+        kernels.outputs[(tiles_v, self.chunks, self.batch * self.heads)](
             self.q, self.k, self.v, self.given(self.g), self.given(self.gain),
             self.given(self.skip), enter, y,
             self.length, self.chunks, self.heads, self.rows, self.size, self.width,
             self.per_q, self.per_k, self.per_v, self.scale, *self.strides,
-            **self.flags, HAS_SKIP=self.skip is not None, **self.options,
+            **self.flags, HAS_SKIP=self.skip is not None, **options,
         )  # fmt: skip
         return y
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rewriter.kernels.autograd import register_recompute, register_triton
+from rewriter.kernels.autograd import expect, register_cpu, register_recompute, register_triton
 from rewriter.kernels.linear_attention import cpu
 from rewriter.kernels.linear_attention.reference import state_heads
 from rewriter.kernels.mixer import MixerSpec, StateTensor, register_mixer
@@ -107,16 +107,16 @@ def _check(
             )
     if heads % states != 0:
         raise ValueError(f"linear_attention: {states} states do not divide {heads} query heads")
-    for name, tensor, shape in (
+    expect(
+        "linear_attention",
         ("state", state, (batch, states, size, width)),
         ("z", z, (batch, states, size if normalise else 0)),
         ("mask", mask, (batch, length)),
-    ):
-        if tensor is not None and tuple(tensor.shape) != shape:
-            raise ValueError(f"linear_attention: {name} is {tuple(tensor.shape)}, expected {shape}")
+    )
 
 
 register_recompute(linear_attention, cpu.linear_attention)
+register_cpu(linear_attention)
 register_triton(linear_attention)
 register_mixer(
     linear_attention,

@@ -7,12 +7,20 @@ registers; their gradients are those of the chunked torch form, which runs on an
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from rewriter.kernels.autograd import _recompute
-from rewriter.kernels.kernel import COMPILE_OPTIONS, Compilation, Kernel
+from rewriter.kernels.kernel import (
+    COMPILE_OPTIONS,
+    NEWER,
+    OLDER,
+    Compilation,
+    Kernel,
+    recording_for,
+)
 from rewriter.kernels.linear_attention import chunked, cpu, launch
 from rewriter.kernels.linear_attention.recurrent import recurrent
 from rewriter.kernels.linear_attention.reference import inert, state_heads
@@ -99,40 +107,45 @@ def _is_chunked(log_decay: Tensor | None, beta: Tensor | None) -> bool:
 # ---- ahead of time ----------------------------------------------------------------------------
 
 TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
-CHUNKED_KERNELS = (
-    chunked.enter_states,
-    chunked.outputs,
-    chunked.leave_gradients,
-    chunked.query_key_gradients,
-    chunked.value_gradients,
-)
 
 
 def compilations() -> list[Compilation]:
     """Default configurations: chunked and one step, with a decay a head, for states of 128 x 64."""
     made = []
     for dtype in TYPES:
-        made += [chunked_compilation(k, dtype, False) for k in CHUNKED_KERNELS]
+        made += chunked_compilations(dtype, False)
         made.append(recurrent_compilation(dtype, 1, False))
     made.append(recurrent_compilation(torch.bfloat16, 2, False, beta=True))
     return made
 
 
-def chunked_compilation(item: Kernel, dtype: torch.dtype, mamba: bool) -> Compilation:
-    """One of the chunked kernels; mamba: with gain and skip."""
+def chunked_compilations(dtype: torch.dtype, mamba: bool) -> list[Compilation]:
+    """The chunked kernels; mamba: with gain and skip."""
+    flags = {"HAS_DECAY": True, "HAS_GAIN": mamba, "HAS_SKIP": mamba}
+    flags |= {"HAS_STATE": True, "HAS_FINAL": True}
+    name, low = TYPES[dtype], dtype != torch.float32
     tiles = {
+        chunked.leave_gradients: launch.tiles,
         chunked.query_key_gradients: launch.query_key_tiles,
         chunked.value_gradients: launch.value_tiles,
-    }.get(item, launch.tiles)
-    options = tiles(dtype, 128, 64)
-    flags = {
-        "HAS_DECAY": True,
-        "HAS_GAIN": mamba,
-        "HAS_SKIP": mamba,
-        "HAS_STATE": True,
-        "HAS_FINAL": True,
     }
-    return _compilation(item, TYPES[dtype], dtype, {**flags, **options}, dtype != torch.float32)
+    made = [
+        _compilation(item, name, dtype, {**flags, **choose(dtype, 128, 64)}, low)
+        for item, choose in tiles.items()
+    ]
+    like = torch.empty(0, dtype=dtype, device="meta")
+    forward = {chunked.enter_states: launch.state_tiles, chunked.outputs: launch.output_tiles}
+    for targets in (OLDER, NEWER) if low else ((),):
+        case = f"{name} {' '.join(targets)}".strip()
+        for item, choose_for in forward.items():
+            with recording_for(targets[0] if targets else "any"):
+                options = choose_for(like, 128, 64)
+            found = _compilation(item, case, dtype, {**flags, **options}, low)
+            made.append(replace(found, targets=targets))
+    if not mamba and not low:
+        values = {"LEAST": launch.LEAST_DECAY, "BT": 64, "num_warps": 1}
+        made.append(_compilation(chunked.chunk_sums, name, dtype, values, False))
+    return made
 
 
 def recurrent_compilation(

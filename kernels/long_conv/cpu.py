@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rewriter.kernels.autograd import without_autocast
 from rewriter.kernels.linear_attention.reference import inert
 
 
@@ -12,7 +13,7 @@ def long_conv(u: Tensor, kernel: Tensor, before: int = 0, mask: Tensor | None = 
     """Same contract as the package's function; differentiable, float32 inside (or float64)."""
     wide = torch.float64 if u.dtype == torch.float64 else torch.float32
     length = u.shape[1]
-    with torch.autocast(u.device.type, enabled=False):
+    with without_autocast(u):
         (values,) = inert(mask, u.to(wide))
         used = kernel[:, max(0, before - length + 1) : before + length].to(wide)
         first = min(before, length - 1)  # lags below 0 that are left

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rewriter.kernels.autograd import register_recompute, register_triton
+from rewriter.kernels.autograd import register_cpu, register_recompute, register_triton
 from rewriter.kernels.long_conv import cpu
 from rewriter.kernels.mixer import MixerSpec, register_mixer
 
@@ -40,5 +40,6 @@ def _check(u: Tensor, kernel: Tensor, before: int, mask: Tensor | None) -> None:
 
 
 register_recompute(long_conv, cpu.long_conv)
+register_cpu(long_conv)
 register_triton(long_conv)
 register_mixer(long_conv, MixerSpec("time_invariant"))

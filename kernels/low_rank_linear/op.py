@@ -7,14 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rewriter.kernels.autograd import register_triton
+from rewriter.kernels.autograd import register_cpu, register_triton
 from rewriter.kernels.low_rank_linear import cpu
 
 
 @torch.library.custom_op(
     "rewriter::low_rank_linear",
     mutates_args=(),
-    device_types="cpu",
     schema="(Tensor x, Tensor first, Tensor[] second, Tensor? bias, Tensor? order) -> Tensor",
 )
 def low_rank_linear(
@@ -65,4 +64,5 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 low_rank_linear.register_autograd(_backward, setup_context=_setup)
+register_cpu(low_rank_linear)
 register_triton(low_rank_linear)

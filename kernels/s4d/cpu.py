@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from rewriter.kernels.autograd import without_autocast
 from rewriter.kernels.linear_attention.reference import inert
 from rewriter.kernels.long_conv.cpu import long_conv
 from rewriter.kernels.s4d.reference import discretise
@@ -30,7 +31,7 @@ def s4d(
 ) -> tuple[Tensor, Tensor]:
     """Same contract as the package's function; differentiable, float32 inside (or float64)."""
     wide = torch.float64 if u.dtype == torch.float64 else torch.float32
-    with torch.autocast(u.device.type, enabled=False):
+    with without_autocast(u):
         (values,) = inert(mask, u.to(wide))
         A, B, C = (torch.view_as_complex(t.to(wide).contiguous()) for t in (A, B, C))
         # Phases of many turns: float64 here costs nothing, the tensors are [H, N].

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rewriter.kernels.autograd import register_recompute, register_triton
+from rewriter.kernels.autograd import register_cpu, register_recompute, register_triton
 from rewriter.kernels.mixer import MixerSpec, StateTensor, register_mixer
 from rewriter.kernels.s4d import cpu
 
@@ -82,5 +82,6 @@ def _check(
 
 
 register_recompute(s4d, cpu.s4d)
+register_cpu(s4d)
 register_triton(s4d)
 register_mixer(s4d, MixerSpec("time_invariant", (StateTensor("ssm", "state", 1),)))

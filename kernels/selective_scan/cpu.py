@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rewriter.kernels.autograd import without_autocast
 from rewriter.kernels.linear_attention.reference import inert
 
 CHUNK = 16
@@ -26,7 +27,7 @@ def selective_scan(
 ) -> tuple[Tensor, Tensor]:
     """Same contract as the package's function; differentiable, float32 inside (or float64)."""
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         values, dt, B, C = (t.to(wide) for t in inert(mask, x, dt, B, C))
         A = A.to(wide)
         h = values.new_zeros(x.shape[0], *A.shape) if state is None else state.to(wide)

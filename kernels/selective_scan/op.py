@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rewriter.kernels.autograd import register_recompute, register_triton
+from rewriter.kernels.autograd import expect, register_cpu, register_recompute, register_triton
 from rewriter.kernels.mixer import MixerSpec, StateTensor, register_mixer
 from rewriter.kernels.selective_scan import cpu
 
@@ -64,7 +64,8 @@ def _check(
             "expected [B, T, C] and [C, N]"
         )
     (batch, length, channels), size = x.shape, A.shape[1]
-    for name, tensor, shape in (
+    expect(
+        "selective_scan",
         ("dt", dt, (batch, length, channels)),
         ("A", A, (channels, size)),
         ("B", B, (batch, length, size)),
@@ -72,11 +73,10 @@ def _check(
         ("D", D, (channels,)),
         ("state", state, (batch, channels, size)),
         ("mask", mask, (batch, length)),
-    ):
-        if tensor is not None and tuple(tensor.shape) != shape:
-            raise ValueError(f"selective_scan: {name} is {tuple(tensor.shape)}, expected {shape}")
+    )
 
 
 register_recompute(selective_scan, cpu.selective_scan)
+register_cpu(selective_scan)
 register_triton(selective_scan)
 register_mixer(selective_scan, MixerSpec("full_diagonal", (StateTensor("ssm", "state", 1),)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rewriter.kernels.autograd import without_autocast
 from rewriter.kernels.linear_attention.cpu import CHUNK, chunked
 from rewriter.kernels.linear_attention.reference import inert
 
@@ -22,7 +23,7 @@ def ssd(
 ) -> tuple[Tensor, Tensor]:
     """Same contract as `rewriter.kernels.ssd.ssd`; differentiable, float32 inside (or float64)."""
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         values, dt, B, C = (t.to(wide) for t in inert(mask, x, dt, B, C))
         A = A.to(wide)
         if state is None:
@@ -41,8 +42,14 @@ def ssd(
 def _step(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    x, dt = x[:, 0], dt[:, 0]
-    B, C = (t[:, 0].repeat_interleave(x.shape[1] // t.shape[2], dim=1) for t in (B, C))
-    kept = torch.exp(dt * A)[..., None, None] * state
-    state = torch.addcmul(kept, (dt[..., None] * x)[..., :, None], B[..., None, :])
-    return (state @ C[..., None]).squeeze(-1)[:, None], state
+    """One token; the heads of a group are rows of one product, which reads the state once."""
+    x, dt = x[:, 0], dt[:, 0, :, None]
+    batch, heads, width, size = state.shape
+    groups = B.shape[2]
+    written = (x * dt).reshape(batch, groups, -1, width, 1)
+    state = state * torch.exp(dt * A[:, None])[..., None]
+    grouped = state.reshape(batch, groups, -1, width, size)
+    grouped = grouped.addcmul_(written, B.reshape(batch, groups, 1, 1, size))
+    rows = grouped.view(batch * groups, -1, size)
+    y = torch.bmm(C.reshape(-1, 1, size), rows.mT)
+    return y.view(batch, 1, heads, width), grouped.view(batch, heads, width, size)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rewriter.kernels.autograd import register_recompute, register_triton
+from rewriter.kernels.autograd import expect, register_cpu, register_recompute, register_triton
 from rewriter.kernels.mixer import MixerSpec, StateTensor, register_mixer
 from rewriter.kernels.ssd import cpu
 
@@ -65,7 +65,8 @@ def _check(
     groups, size = B.shape[2], B.shape[3]
     if heads % groups != 0:
         raise ValueError(f"ssd: {groups} groups do not divide {heads} heads")
-    for name, tensor, shape in (
+    expect(
+        "ssd",
         ("dt", dt, (batch, length, heads)),
         ("A", A, (heads,)),
         ("B", B, (batch, length, groups, size)),
@@ -73,11 +74,10 @@ def _check(
         ("D", D, (heads,)),
         ("state", state, (batch, heads, width, size)),
         ("mask", mask, (batch, length)),
-    ):
-        if tensor is not None and tuple(tensor.shape) != shape:
-            raise ValueError(f"ssd: {name} is {tuple(tensor.shape)}, expected {shape}")
+    )
 
 
 register_recompute(ssd, cpu.ssd)
+register_cpu(ssd)
 register_triton(ssd)
 register_mixer(ssd, MixerSpec("head_scalar", (StateTensor("ssm", "state", 1),)))

@@ -12,9 +12,8 @@ from rewriter.kernels.kernel import Compilation
 from rewriter.kernels.linear_attention import launch
 from rewriter.kernels.linear_attention.reference import inert
 from rewriter.kernels.linear_attention.triton import (
-    CHUNKED_KERNELS,
     TYPES,
-    chunked_compilation,
+    chunked_compilations,
     recurrent_compilation,
 )
 from rewriter.kernels.ssd import cpu
@@ -77,6 +76,6 @@ def compilations() -> list[Compilation]:
     """Default configurations: chunked and one step, for states of 128 x 64."""
     made = []
     for dtype in TYPES:
-        made += [chunked_compilation(k, dtype, True) for k in CHUNKED_KERNELS]
+        made += chunked_compilations(dtype, True)
         made.append(recurrent_compilation(dtype, 1, True))
     return made

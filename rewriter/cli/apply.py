@@ -31,6 +31,12 @@ def apply(
         str | None, typer.Option(help="Text to measure on, in place of the plan's.")
     ] = None,
     export: Annotated[str | None, typer.Option(help="Also export to this format: 'onnx'.")] = None,
+    weights: Annotated[
+        str,
+        typer.Option(
+            help="Of the export: fp32, int8, int4, or source (the grid of the .gguf model)."
+        ),
+    ] = "fp32",
     as_json: JsonOption = False,
 ) -> None:
     """Rewrite a model by a plan, check it against the original, and save it."""
@@ -38,6 +44,12 @@ def apply(
     check_output(output)
     if export not in (None, "onnx"):
         raise RewriterError(f"cannot export to '{export}'", "use --export onnx")
+    if weights != "fp32" and not export:
+        raise RewriterError("--weights is of an export", "add --export onnx")
+    if weights not in ("fp32", "int8", "int4", "source"):
+        raise RewriterError(f"unknown weights '{weights}'", "use fp32, int8, int4 or source")
+    if weights == "source" and not model.endswith(".gguf"):
+        raise RewriterError("--weights source is for a .gguf model", "use int8, or the .gguf file")
     chosen = read_plan(plan)
     check_model(model)
     with quiet_stdout(as_json):
@@ -50,7 +62,7 @@ def apply(
             if export:
                 from rewriter.export import export as write_export
 
-                write_export(made, folder / export, to=export)
+                write_export(made, folder / export, to=export, weights=weights)
     _show(made.report, as_json, output)
 
 

@@ -19,7 +19,17 @@ from torch.fx.node import map_arg
 
 from rewriter import state
 from rewriter.errors import RewriterError
-from rewriter.graph import LINEAR, Graph, argument, as_linear, aten, layer_of, path_of, place
+from rewriter.graph import (
+    LINEAR,
+    Graph,
+    argument,
+    as_linear,
+    aten,
+    layer_of,
+    on_device,
+    path_of,
+    place,
+)
 from rewriter.recover.fast import FORMS, cut
 
 
@@ -157,6 +167,7 @@ def extract(
             continue
         target = _plain(node.target) if fast else node.target
         args, kwargs = map_arg((node.args, node.kwargs), made.__getitem__)
+        args, kwargs = on_device((args, kwargs), frozen.device)
         made[node] = fx.create_node("call_function", target, args, kwargs, node.name)
     fx.output(tuple(made[known[n]] for n in outputs))
     piece = GraphModule(root, fx)

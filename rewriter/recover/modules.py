@@ -16,7 +16,13 @@ from torch.utils.checkpoint import checkpoint
 from rewriter.calibration import text_inputs
 from rewriter.graph import LINEAR, as_linear, aten, place
 from rewriter.recover.graphs import Frozen, Piece, Region, extract, segments
-from rewriter.recover.losses import in_chunks, known_gradients, logits_loss, relative_error
+from rewriter.recover.losses import (
+    in_chunks,
+    known_gradients,
+    logits_loss,
+    positions_at_once,
+    relative_error,
+)
 from rewriter.recover.stages import Distil
 
 #: Ops that act on one element at a time and may stand between the head and the logits.
@@ -301,7 +307,8 @@ def token_losses(model: LanguageModel, ids: Tensor, tensors: Mapping[str, Tensor
     hidden, _ = model.hidden(input_values(model.module, ids), tensors)
     rows, labels = hidden[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
     found = []
-    for start in range(0, len(rows), 256):
-        logits = model.logits(rows[start : start + 256], tensors).float()
-        found.append(cross_entropy(logits, labels[start : start + 256], reduction="none"))
+    chunk = positions_at_once(rows)
+    for start in range(0, len(rows), chunk):
+        logits = model.logits(rows[start : start + chunk], tensors).float()
+        found.append(cross_entropy(logits, labels[start : start + chunk], reduction="none"))
     return torch.cat(found).view(ids.shape[0], -1)

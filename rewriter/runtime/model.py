@@ -31,6 +31,8 @@ class OnnxModel:
     asked for did not load (ONNX Runtime itself would go on without it).
     """
 
+    prefix = ""  # of the names of tokens, mask and positions
+
     def __init__(
         self,
         folder: str | Path,
@@ -48,11 +50,13 @@ class OnnxModel:
         self.session = _session(folder / self.about["file"], providers, threads, options)
         self.names = [i.name for i in self.session.get_inputs()]
         held = {s["input"] for s in self.about["states"]}
-        unknown = [n for n in self.names if n not in INPUTS and n not in held]
+        held |= {self.prefix + n for n in INPUTS}
+        held |= set(self.about.get("encoder", {}).get("outputs", ()))
+        unknown = [n for n in self.names if n not in held]
         if unknown:
             raise RewriterError(
                 f"the model needs {', '.join(unknown)}, which is not text",
-                "run it with onnxruntime itself",
+                "use rewriter.runtime.OnnxEncoder, or OnnxSeq2Seq if it has a decoder",
             )
 
     # ---- one sequence ------------------------------------------------------------------------
@@ -192,8 +196,9 @@ class Sequence:
             "position_ids": np.maximum(ranks - 1, 0),
         }
         for name in INPUTS:
-            if name in self.model.names:
-                self.binding.bind_cpu_input(name, np.ascontiguousarray(given[name]))
+            full = self.model.prefix + name
+            if full in self.model.names:
+                self.binding.bind_cpu_input(full, np.ascontiguousarray(given[name]))
         self.states.prepare(total, self.expected)
         first = self.model.about["outputs"][0]
         for name in self.model.about["outputs"]:

@@ -183,8 +183,9 @@ def test_folder_holds_all_that_a_gpu_would_compile(
 
     # The same shapes on a machine with that GPU and an empty cache: Triton finds every kernel.
     made = backend.load(tmp_path / "out")
-    assert made.stored == {"target": None, "kernels": 0, "why": "there is no GPU"}
-    found = export.record(made.graph, [32], 1)
+    if launches.current_target() is None:
+        assert made.stored == {"target": None, "kernels": 0, "why": "there is no GPU"}
+    found = export.record(made.graph, "sm_90", [32], 1)
     knobs.cache.dir = str(tmp_path / "cache")
     assert launches.install(tmp_path / "out" / "kernels" / "sm_90")["kernels"] > 0
     compiled.clear()
@@ -221,7 +222,7 @@ def test_tuning_keeps_the_fastest() -> None:
     before = dict(CONFIGURATIONS)
     x, first, second = torch.randn(3, 32), torch.randn(16, 32), [torch.randn(8, 16)]
     try:
-        with tune.tuning(bench), launches.recording(run=False) as found:
+        with tune.tuning(bench), launches.recording("sm_90") as found:
             low_rank.forward(x.bfloat16(), first.bfloat16(), [s.bfloat16() for s in second])
         (launch,) = found
         described = tune.describe([launch])
@@ -262,7 +263,8 @@ def test_the_committed_table_is_of_these_kernels_and_within_limits() -> None:
     items = aot.compilations()
     stale = [n for n, item in items.items() if versions["sources"].get(n) != aot.fingerprint(item)]
     assert not stale, "run python -m benchmarks.aot"
-    assert {(n, t) for n in items for t in aot.TARGETS} == set(rows)
+    wanted = {(n, t) for n, item in items.items() for t in item.targets or aot.TARGETS}
+    assert wanted == set(rows)
     broken = {
         (name, target): found
         for (name, target), facts in rows.items()

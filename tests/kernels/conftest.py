@@ -6,6 +6,8 @@ runs there: its tensors are copied over and back.
 
 from __future__ import annotations
 
+import functools
+import importlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
+from rewriter.kernels.autograd import TRITON
 from rewriter.kernels.kernel import Kernel
 
 
@@ -21,6 +24,40 @@ from rewriter.kernels.kernel import Kernel
 def real_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     if torch.cuda.is_available():
         monkeypatch.setattr(Kernel, "run", elsewhere("cuda", JITFunction.run))
+
+
+@pytest.fixture(autouse=True)
+def results_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A form's results share memory with no argument and not with each other: torch refuses
+    that of an operator, but our tests call the forms themselves."""
+    for name in dict.fromkeys(TRITON.values()):
+        module = importlib.import_module(name)
+        for form in ("forward", "forward_with_lse", "gradients"):
+            if hasattr(module, form):
+                monkeypatch.setattr(module, form, apart(getattr(module, form)))
+
+
+def apart(form: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(form)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        made = form(*args, **kwargs)
+        results = made if isinstance(made, tuple) else (made,)
+        tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
+        places = {t.untyped_storage().data_ptr() for t in tensors if t.numel()}
+        for index, result in enumerate(results):
+            if isinstance(result, Tensor):
+                place = result.untyped_storage().data_ptr()
+                if result.numel() and not result.is_meta:
+                    assert place not in places, (
+                        f"result {index} of {form.__module__} is not its own"
+                    )
+                    places.add(place)
+                assert not any(result is r for r in results[:index]), (
+                    f"result {index} is there twice"
+                )
+        return made
+
+    return run
 
 
 @pytest.fixture

@@ -216,3 +216,11 @@ def test_ring_is_bounded_and_measured():
         ring.append(new, new, torch.ones(rows, step + 1))
         stored = sum(t.untyped_storage().nbytes() for t in ring.tensors().values())
         assert stored == formula
+
+
+def test_makes_its_own_tensors_where_its_weights_are(rewritten, tmp_path):
+    # The device of every machine; no value is computed there, but a wrong device is an error.
+    rewritten.save_pretrained(tmp_path / "saved")
+    moved = rewriter.load(tmp_path / "saved").to("meta")
+    inputs = {n: t.to("meta") for n, t in batch().items()}
+    assert moved(**inputs).logits.device.type == "meta"

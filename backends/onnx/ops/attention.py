@@ -170,9 +170,9 @@ def lower_fused(
 class Order:
     """Where each row's real tokens go, so that they come first and its cache has no holes.
 
-    GroupQueryAttention knows padding on the right only. There and back are rows of the flattened
-    batch, int64 [B L]; last int32 [B] is the number of real tokens so far, less one; count int32
-    [B] that of real new tokens; total int32 [1] the number of columns.
+    GroupQueryAttention knows padding on the right only. There and back are places in a row, int64
+    [B, L, 1]; last int32 [B] is the number of real tokens so far, less one; count int32 [B] that
+    of real new tokens; total int32 [1] the number of columns.
     """
 
     there: ir.Value
@@ -184,23 +184,21 @@ class Order:
 
 def token_order(op: Nodes, mask: ir.Value, length: ir.Value) -> Order:
     """mask: [B, T], non-zero for real tokens; the new ones are the last `length` [1]."""
-    batch, total = op.size(mask, 0), op.size(mask, 1)
+    total = op.size(mask, 1)
     real = op.Cast(op.Cast(mask, to=ir.DataType.BOOL), to=ir.DataType.INT64)
     new = op.Slice(real, op.Sub(total, length), total, [1])
     count = op.ReduceSum(new, [1])  # [B, 1]
     after = op.Add(count, op.CumSum(op.Sub(1, new), 1))
-    place = op.Sub(op.Where(op.Greater(new, 0), op.CumSum(new, 1), after), 1)
+    place = op.Sub(op.Where(op.Greater(new, 0), op.CumSum(new, 1), after), 1)  # [B, L]
     zero, one = op.constant(np.int64(0)), op.constant(np.int64(1))
-    rows = op.Mul(op.Range(zero, op.Squeeze(batch), one), length)
-    back = op.Reshape(op.Add(place, op.Unsqueeze(rows, [1])), [-1])
-    columns = op.Range(zero, op.Squeeze(op.Mul(batch, length)), one)
+    columns = op.Expand(op.Range(zero, op.Squeeze(length), one), op.Shape(new))
     seen = op.ReduceSum(real, [1], keepdims=0)
     # A row of padding alone must hold something: the next real token takes its place.
     count = op.Where(op.Greater(seen, 0), op.Squeeze(count, [1]), 1)
     whole = lambda value: op.Cast(value, to=ir.DataType.INT32)  # noqa: E731
     return Order(
-        there=op.ScatterElements(back, back, columns),
-        back=back,
+        there=op.Unsqueeze(op.ScatterElements(columns, place, columns, axis=1), [2]),
+        back=op.Unsqueeze(place, [2]),
         last=whole(op.Sub(op.Max(seen, one), 1)),
         count=whole(count),
         total=whole(total),
@@ -234,10 +232,7 @@ def expand(node: ir.Node, op: Nodes, memo: dict[Any, Any]) -> list[ir.Value]:
             memo[known] = token_order(op, mask, op.size(tokens[0], 1))
         order = memo[known]
         last, count, total = order.last, order.count, order.total
-        tokens = [
-            op.Reshape(op.Gather(op.Reshape(t, [-1, n * width]), order.there), op.Shape(t))
-            for t, n in zip(tokens, (heads, groups, groups), strict=True)
-        ]
+        tokens = [op.GatherND(t, order.there, batch_dims=1) for t in tokens]
     else:
         bias, last, total = _padding_bias(op, mask, tokens[0], pasts[0], memo)
     inputs = [*tokens, *pasts, last, total, None, None, None, bias, sink_logits]
@@ -246,8 +241,8 @@ def expand(node: ir.Node, op: Nodes, memo: dict[Any, Any]) -> list[ir.Value]:
         inputs.pop()
     output, *presents = op.GroupQueryAttention(*inputs, domain=MICROSOFT, outputs=3, **attributes)
     if lengths:
-        output = op.Gather(op.Reshape(output, [-1, heads * width]), order.back)
-    return [op.Reshape(output, op.Shape(op.Transpose(query, perm=[0, 2, 1, 3]))), *presents]
+        output = op.GatherND(output, order.back, batch_dims=1)
+    return [op.Reshape(output, [0, 0, heads, width]), *presents]
 
 
 def _padding_bias(

@@ -18,27 +18,40 @@ MUL, ADD = aten.mul.Tensor, aten.add.Tensor
 
 @fuses
 def fuse(node: Any, context: Context) -> bool:
-    """weight * (x * rsqrt(mean(x², -1) + eps)), in one precision, at its `rsqrt`."""
+    """weight * (x * rsqrt(mean(x², -1) + eps)), in one precision, at its `rsqrt`.
+
+    A weight of another shape than [D] stays a product of its own.
+    """
     if node.target is not aten.rsqrt.default or node.args[0].target is not ADD:
         return False
     mean, eps = node.args[0].args[:2]
     if mean.target is not aten.mean.dim or list(mean.args[1]) != [-1] or mean.args[2:] != (True,):
         return False
-    square = mean.args[0]
-    if square.target is not aten.pow.Tensor_Scalar or square.args[1] != 2:
+    square, scaled = mean.args[0], _only(node.users)
+    x = square.args[0]
+    squared = {aten.pow.Tensor_Scalar: (x, 2), MUL: (x, x)}.get(square.target)
+    if squared is None or squared != square.args or not isinstance(eps, float):
         return False
-    x, scaled = square.args[0], _only(node.users)
     if scaled is None or scaled.target is not MUL or set(scaled.args) != {x, node}:
         return False
     product = _only(scaled.users)
-    if product is None or product.target is not MUL or not isinstance(eps, float):
+    if product is None or product.target is not MUL:
         return False
     weight = next((a for a in product.args if a is not scaled), None)
     if not isinstance(weight, Node) or weight.name not in context.values:
         return False
     width = context.value(x).shape[-1:]
-    if context.value(weight).shape != width or context.value(weight).dtype != torch.float32:
+    if context.value(weight).dtype != torch.float32:
         return False
+    if context.value(weight).shape != width:  # one for each head
+        if not context.fused:
+            return False
+        made = context.call(rms_norm, x, None, eps, True)
+        context.values[made.name] = context.value(scaled)
+        scaled.replace_all_uses_with(made)
+        for old in (scaled, node):
+            context.graph.erase_node(old)
+        return True
     with context.graph.inserting_before(product):
         made = context.call(rms_norm, x, weight, eps, context.fused)
     context.values[made.name] = context.value(product)
@@ -52,8 +65,10 @@ def _only(users: dict[Node, None]) -> Any:
     return next(iter(users)) if len(users) == 1 else None
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, fused: bool) -> Tensor:
-    """x: [..., D], weight: [D]; stands for the operators below."""
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float, fused: bool) -> Tensor:
+    """x: [..., D], weight: [D] or None for ones; stands for the operators below."""
+    if weight is None:
+        weight = x.new_ones(x.shape[-1])
     attributes = {"eps": eps, "fused": int(fused)}
     return emit("RMSNorm", [x, weight], attributes, [(x.dtype, tuple(x.shape))], DOMAIN)[0]
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.fx import Node
 
 import rewriter.kernels.ssd  # noqa: F401  registers the op
 from rewriter.backends.onnx.registry import Context, emit, lowers
+from rewriter.graph import argument
 
 
 @lowers(torch.ops.rewriter.ssd.default)
 def lower(node: Node, context: Context) -> None:
     if context.fused and context.can.linear_attention:
-        context.replace(node, linear_attention)
+        turned = context.turn_state(argument(node, "state"), node, 1)
+        context.replace(node, linear_attention_turned if turned else linear_attention)
         return
     if context.fused:
         context.fall_back(
@@ -22,7 +26,16 @@ def lower(node: Node, context: Context) -> None:
     context.replace(node, as_matrix)
 
 
-def linear_attention(
+def linear_attention(*args: Any) -> tuple[Tensor, Tensor]:
+    """Arguments and results as in the op."""
+    state = args[6]
+    y, present = linear_attention_turned(
+        *args[:6], None if state is None else state.transpose(2, 3), *args[7:]
+    )
+    return y, present.transpose(2, 3)
+
+
+def linear_attention_turned(
     x: Tensor,
     dt: Tensor,
     A: Tensor,
@@ -32,16 +45,16 @@ def linear_attention(
     state: Tensor | None,
     mask: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Shapes as in the op: query = C, key = B, value = dt x, decay = dt A, scale 1.
+    """As in the op, but for the state, [B, H, N, P] as the operator has it.
 
-    The operator shares a *state* between the heads of a group, which SSD does not: B and C are
-    repeated to all heads. Its state is [B, H, N, P], ours [B, H, P, N].
+    query = C, key = B, value = dt x, decay = dt A, scale 1. The operator shares a *state* between
+    the heads of a group, which SSD does not: B and C are repeated to all heads. With dt = 0 a
+    padded token neither writes nor decays.
     """
     batch, length, heads, width = x.shape
     size = B.shape[3]
     if mask is not None:
         dt = torch.where(mask.bool()[..., None], dt, 0.0)
-        x, B, C = (torch.where(mask.bool()[..., None, None], t, 0.0) for t in (x, B, C))
     each = lambda t: (  # noqa: E731  [B, L, G, N] -> [B, L, H N]
         t[:, :, :, None, :]
         .expand(-1, -1, -1, heads // t.shape[2], -1)
@@ -50,11 +63,7 @@ def linear_attention(
     kind = torch.float32  # the operator has no other type on the CPU
     dt = dt.to(kind)
     write = (dt[..., None] * x.to(kind)).reshape(batch, length, heads * width)
-    past = (
-        x.new_zeros((batch, heads, size, width), dtype=kind)
-        if state is None
-        else state.to(kind).transpose(2, 3)
-    )
+    past = x.new_zeros((batch, heads, size, width), dtype=kind) if state is None else state.to(kind)
     y, present = emit(
         "LinearAttention",
         [each(C).to(kind), each(B).to(kind), write, past, dt * A.to(kind)],
@@ -64,7 +73,9 @@ def linear_attention(
     y = y.reshape(batch, length, heads, width)
     if D is not None:
         y = y + D.to(kind)[:, None] * x.to(kind)
-    return y.to(x.dtype), present.transpose(2, 3)
+    if mask is not None:
+        y = torch.where(mask.bool()[..., None, None], y, 0.0)
+    return y.to(x.dtype), present
 
 
 def as_matrix(
