@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -40,6 +41,7 @@ from rewriter.kernels.ssd import ssd
 RESULTS = Path(__file__).parent / "results"
 LENGTHS = {"cpu": (512, 1024, 2048, 4096, 8192), "cuda": (1024, 2048, 4096, 8192, 16384, 32768)}
 CACHE = 8192
+LAYERS = 8
 WINDOW, SINKS, BLOCK, BLOCKS, PAGES = 512, 64, 64, 8, 16
 TOP, GATHERED = f"top-{BLOCKS}x{BLOCK} with selection", f"{PAGES} pages of {BLOCK}"
 #: Largest allowed ratio to SDPA at 8,192 tokens on a CPU, by phase, op and case (None: any).
@@ -80,11 +82,10 @@ class Shape:
 
     def scan(self, length: int) -> dict[str, Tensor]:
         """Arguments of `ssd`, as the mamba2 pass makes them from this layer."""
-        wide = {"device": self.device, "dtype": torch.float32}
         return {
             "x": self.normal(1, length, self.heads, self.width),
-            "dt": torch.rand(1, length, self.heads, **wide),
-            "A": -torch.rand(self.heads, **wide),
+            "dt": torch.rand(1, length, self.heads, device=self.device),
+            "A": -torch.rand(self.heads, device=self.device),
             "B": self.normal(1, length, self.key_heads, self.width, seed=1),
             "C": self.normal(1, length, self.key_heads, self.width, seed=2),
         }
@@ -128,41 +129,66 @@ def prefill(shape: Shape, length: int) -> tuple[Form, Forms]:
     }
 
 
+class Layer:
+    """What one attention layer keeps: the cache, or the state of each form instead of it."""
+
+    def __init__(self, shape: Shape, length: int) -> None:
+        _, self.key, self.value = shape.qkv(1, length)
+        slots = WINDOW + SINKS
+        self.ring = tuple(t[:, :, :slots].contiguous() for t in (self.key, self.value))
+        self.means = self.key.unflatten(2, (-1, BLOCK)).mean(3)
+        self.ssd = torch.zeros(1, shape.heads, shape.width, shape.width, device=shape.device)
+        self.linear = torch.zeros_like(self.ssd[:, : shape.key_heads])
+        self.z = torch.ones_like(self.linear[..., 0])
+
+
 def decode(shape: Shape, length: int) -> tuple[Form, Forms]:
-    """One token at a cache of `length`; the state or cache of each form is there already."""
-    q, k, v = shape.qkv(1, length)
-    slots = WINDOW + SINKS
-    ring = (k[:, :, :slots].contiguous(), v[:, :, :slots].contiguous())
+    """One token at a cache of `length`; the state or cache of each form is there already.
+
+    Calls go to LAYERS layers in turn, as a model's do: no call finds in the processor's cache
+    what the call before it read.
+    """
+    layers = [Layer(shape, length) for _ in range(LAYERS)]
+    rows, scan = [t.transpose(1, 2) for t in shape.qkv(1, 1)], shape.scan(1)
+    q = rows[0].transpose(1, 2)
     recent = torch.arange(length - WINDOW, length, device=shape.device)
     positions = torch.cat([torch.arange(SINKS, device=shape.device), recent])[None]
-    means = k.unflatten(2, (-1, BLOCK)).mean(3)
-    scan, rows = shape.scan(1), [t[:, :, :1].transpose(1, 2) for t in (q, k, v)]
-    memory = torch.zeros(1, shape.heads, shape.width, shape.width, device=shape.device)
-    state = torch.zeros(1, shape.key_heads, shape.width, shape.width, device=shape.device)
-    z = torch.ones(1, shape.key_heads, shape.width, device=shape.device)
+    chosen = select_pages(q, layers[0].means, PAGES, BLOCK, length)
 
-    def select() -> DecodePlan:
-        return select_pages(q, means, PAGES, BLOCK, length)
+    def sdpa(at: Layer) -> Any:
+        return scaled_dot_product_attention(q, at.key, at.value, enable_gqa=True)
 
-    chosen = select()
+    def dense(at: Layer) -> Any:
+        return attend(q, at.key, at.value)
 
-    def linear() -> Any:
-        return linear_attention(
-            elu1(rows[0]), elu1(rows[1]), rows[2], normalise=True, state=state, z=z
-        )
+    def pages(at: Layer) -> Any:
+        return block_sparse_attention(q, at.key, at.value, chosen)
 
-    def sdpa() -> Any:
-        return scaled_dot_product_attention(q, k, v, enable_gqa=True)
+    def selected(at: Layer) -> Any:
+        plan = select_pages(q, at.means, PAGES, BLOCK, length)
+        return block_sparse_attention(q, at.key, at.value, plan)
 
-    return sdpa, {
-        ("dense", "causal"): lambda: attend(q, k, v),
-        ("sparse", GATHERED): lambda: block_sparse_attention(q, k, v, chosen),
-        ("sparse", f"{GATHERED} with selection"): lambda: block_sparse_attention(q, k, v, select()),
-        ("window", f"{WINDOW}+{SINKS}"): lambda: attend(
-            q, *ring, WINDOW, SINKS, key_positions=positions
-        ),
-        ("linear", "elu+1 normalised"): linear,
-        ("ssd", f"state {shape.width}"): lambda: ssd(**scan, state=memory),
+    def window(at: Layer) -> Any:
+        return attend(q, *at.ring, WINDOW, SINKS, key_positions=positions)
+
+    def linear(at: Layer) -> Any:
+        mapped = (elu1(rows[0]), elu1(rows[1]), rows[2])
+        return linear_attention(*mapped, normalise=True, state=at.linear, z=at.z)
+
+    def state_space(at: Layer) -> Any:
+        return ssd(**scan, state=at.ssd)
+
+    def in_turn(form: Callable[[Layer], Any]) -> Form:
+        turn = cycle(layers)
+        return lambda: form(next(turn))
+
+    return in_turn(sdpa), {
+        ("dense", "causal"): in_turn(dense),
+        ("sparse", GATHERED): in_turn(pages),
+        ("sparse", f"{GATHERED} with selection"): in_turn(selected),
+        ("window", f"{WINDOW}+{SINKS}"): in_turn(window),
+        ("linear", "elu+1 normalised"): in_turn(linear),
+        ("ssd", f"state {shape.width}"): in_turn(state_space),
     }
 
 

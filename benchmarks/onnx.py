@@ -382,11 +382,13 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS))
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--perplexity", action="store_true", help="measure only perplexity")
-    parser.add_argument("--rebuild", action="store_true", help="export again")
+    parser.add_argument(
+        "--rebuild", action="store_true", help="export again, forget earlier rounds"
+    )
     parser.add_argument("--fresh", action="store_true", help="forget earlier rounds")
     given = parser.parse_args()
     rows = given.row or [*PLANS, *PEERS]
-    known = [*PLANS, *PEERS]
+    known = [*PLANS, *PEERS] + [BASE] * given.perplexity
     if unknown := [r for r in rows if r not in known and r.partition(":")[0] not in PLANS]:
         parser.error(f"no row {', '.join(unknown)}: one of {', '.join(known)}")
     if hasattr(os, "sched_setaffinity"):  # every process on the same core
@@ -396,7 +398,7 @@ def main() -> None:
             perplexity(row, given.rebuild)
         return
     for i, length in enumerate(given.lengths):
-        for row in rows if given.fresh else []:
+        for row in rows if given.fresh or given.rebuild else []:
             forget(row, length)
         measure(rows, length, given.rounds, given.rebuild and i == 0)
 

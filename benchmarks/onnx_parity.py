@@ -43,6 +43,12 @@ PLANS: dict[str, list[dict[str, Any]]] = {
         HYBRID
         | {"feature_map": "hedgehog_split", "reference": "max", "gate_init": 10, "layers": HALF}
     ],
+    "mixed": [
+        WINDOW | {"sinks": 4, "layers": [3, 20]},
+        {"pass": "mamba2", "fit": "none", "layers": [6, 22]},
+        HYBRID | {"layers": [9, 24]},
+        {"pass": "low_rank", "keep": 0.8, "layers": [1, 12]},
+    ],
     "hybrid:liger": [HYBRID | {"variant": "liger", "layers": HALF}],
 }
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 
 def attend(
@@ -49,16 +48,13 @@ def attend_rows(
     """
     lse: Tensor | None = None
     if softcap == 0 and query.dtype in (torch.float32, torch.float64):
-        rows, query = query.shape[1], query * scale
-        if rows == 3:  # MKL multiplies four rows in less time
-            query = pad(query, (0, 0, 0, 1))
-        logits = torch.bmm(query, key.mT)
+        logits = torch.bmm(query * scale, key.mT)
         if extra is not None:
-            logits[:, :rows] += extra
+            logits += extra
         weights = torch.softmax(logits, -1)
-        output = torch.bmm(weights, value)[:, :rows]
+        output = torch.bmm(weights, value)
         if wants_lse:  # the greatest weight is exp(top - lse)
-            lse = (logits.amax(-1) - weights.amax(-1).log_())[:, :rows]
+            lse = logits.amax(-1) - weights.amax(-1).log_()
     else:
         q, k, v, e = (None if t is None else t[:, None] for t in (query, key, value, extra))
         assert q is not None and k is not None and v is not None

@@ -16,12 +16,6 @@ from rewriter.kernels.kernel import Compilation, Kernel, for_gpu, for_hopper, re
 
 #: Programs that a decode step should have, about two for every processor of a large GPU.
 PROGRAMS = 264
-#: Rows of a tile, and how it runs, in 16 bits on sm_90 and sm_100. Measured on an H100 at 32,768
-#: tokens and width 128: two such programs on a processor hide each other's softmax. 128 x 128 in
-#: 8 warps is as fast for a plan and spills; tensor descriptors and warp specialisation of triton
-#: 3.6 change nothing.
-HOPPER_ROWS = 64
-HOPPER = {"num_warps": 4, "num_stages": 3}
 
 
 _recorded: list[Compilation] | None = None
@@ -266,7 +260,7 @@ class Problem:
     def _rows(self, forward: bool) -> dict[str, Any]:
         """How rows and heads make a tile, and what its walk over keys looks like."""
         gpu, wide = on_gpu(self.query), self.query.dtype == torch.float32
-        most = 32 if wide and gpu else (128 if forward and not for_hopper(self.query) else 64)
+        most = 32 if wide and gpu else (128 if forward and not self._small() else 64)
         narrow = gpu and (wide or (self._widest() > 64 and not forward))
         group = self.heads // self.groups
         pack, rows = 1, most
@@ -327,12 +321,20 @@ class Problem:
         tile = keys if self.index is None else self.block_k
         return whole and tile % keys == 0 and self.keys % tile == 0 and self.scale > 0
 
+    def _small(self) -> bool:
+        """Whether a forward tile has 64 rows: for Hopper, or a wide one that would spill.
+
+        On an H100, at 32,768 tokens and width 128, two such programs on a processor hide each
+        other's softmax; 128 x 128 in 8 warps is as fast for a plan, slower when dense, and spills.
+        Tensor descriptors and warp specialisation of triton 3.6 change nothing.
+        """
+        low = self.query.dtype != torch.float32
+        return low and (for_hopper(self.query) or (on_gpu(self.query) and self._widest() > 64))
+
     def _forward_options(self) -> dict[str, int]:
-        if self.query.dtype == torch.float32 or not for_hopper(self.query):
-            # A second stage of a plan's walk spills on sm_80.
-            stages = 1 if self.index is not None and self._widest() > 64 else 2
-            return self._options(8, stages)
-        return HOPPER
+        if self._small():
+            return {"num_warps": 4, "num_stages": 3 if for_hopper(self.query) else 2}
+        return self._options(8, 2)
 
     def _widest(self) -> int:
         return max(power(self.width), power(self.width_v))

@@ -22,8 +22,8 @@ def step(given: Arguments, wants_lse: bool) -> tuple[Tensor, Tensor | None]:
     output, lse = attend_rows(
         q, key.flatten(0, 1), value.flatten(0, 1), extra, given.scale, given.softcap, wants_lse
     )
-    lse = None if lse is None else lse.reshape(batch, heads, 1)
-    return output.reshape(batch, 1, heads, -1), lse
+    lse = None if lse is None else lse.view(batch, heads, 1)
+    return output.view(batch, 1, heads, -1), lse
 
 
 def _seen(given: Arguments) -> Tensor | None:

@@ -42,7 +42,7 @@ def step(given: Arguments) -> tuple[Tensor, Tensor]:
     key, value = gathered
     output, lse = attend_rows(query, key, value, extra, given.scale, given.softcap, True)
     assert lse is not None
-    return output.reshape(batch, 1, heads, -1), lse.reshape(batch, heads, 1)
+    return output.view(batch, 1, heads, -1), lse.view(batch, heads, 1)
 
 
 def _table(x: Tensor, page: int) -> tuple[Tensor, int]:
