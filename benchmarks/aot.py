@@ -65,9 +65,10 @@ def main() -> int:
     table, before = read()
     current = before["triton"] == triton.__version__
     sources = dict(before["sources"]) if current else {}
-    if len(sys.argv) == 1:  # a full run drops what is no more
-        table = {k: f for k, f in table.items() if k[0] in items}
-        sources = {n: f for n, f in sources.items() if n in items}
+    asked = sys.argv[1:]  # what is no more of these ops, or of all, is dropped
+    kept = lambda name: name in items or (asked and name.partition(".")[0] not in asked)  # noqa: E731
+    table = {k: f for k, f in table.items() if kept(k[0])}
+    sources = {n: f for n, f in sources.items() if kept(n)}
     for name, item in items.items():
         print_of = aot.fingerprint(item)
         fresh = sources.get(name) == print_of

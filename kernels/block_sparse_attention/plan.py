@@ -289,7 +289,7 @@ class DecodePlan:
         tiles = -(-keys // page)
         scores = scores[..., :tiles].clone()
         scores[..., -1] = float("inf")
-        index = scores.topk(min(pages, tiles), -1).indices.to(torch.int32)
+        index = scores.topk(min(pages, tiles), -1).indices.to(torch.int32).sort(-1).values
         return cls(index, index.new_full(index.shape[:2], index.shape[2]), page)
 
     def prefill(self) -> BlockPlan:

@@ -18,35 +18,31 @@ def is_step(given: Arguments) -> bool:
 
 def step(given: Arguments) -> tuple[Tensor, Tensor]:
     """Results of the op, where `is_step`."""
-    batch, heads, _, width = given.query.shape
-    groups, keys, page = given.key.shape[1], given.key.shape[2], given.block_k
-    lists = max(given.index.shape[1], groups)
+    (batch, heads, _, width), keys, page = given.query.shape, given.key.shape[2], given.block_k
+    lists = max(given.index.shape[1], given.key.shape[1])
     pages = given.index.expand(batch, lists, 1, -1).reshape(batch * lists, -1)
     extra: Tensor | None = None
     if keys % page:  # the last page is short: tokens for pages
-        tokens = (pages[..., None] * page + torch.arange(page, dtype=pages.dtype)).flatten(1)
-        extra = torch.where(tokens < keys, 0.0, float("-inf")).to(given.query.dtype)
+        pages = (pages[..., None] * page + torch.arange(page, dtype=pages.dtype)).flatten(1)
+        extra = torch.where(pages < keys, 0.0, float("-inf")).to(given.query.dtype)
         extra = extra[:, None].expand(-1, heads // lists, -1)
-        pages, page = tokens.clamp_(max=keys - 1), 1
-    query = given.query.reshape(batch * lists, heads // lists, width)
-    rows: dict[int, Tensor] = {}
-    gathered = []
+        pages, page = pages.clamp_(max=keys - 1), 1
+    gathered, rows, rows_apart = [], pages, 0
     for x in (given.key, given.value):
         table, apart = _table(x, page)
-        if apart not in rows:
-            first = torch.arange(0, batch * groups * apart, apart, dtype=pages.dtype)
-            first = first if lists == groups else first.repeat_interleave(lists // groups)
-            rows[apart] = (pages + first[:, None]).flatten()
-        found = table.index_select(0, rows[apart])
-        gathered.append(found.view(batch * lists, -1, x.shape[3]))
-    key, value = gathered
-    output, lse = attend_rows(query, key, value, extra, given.scale, given.softcap, True)
+        if apart != rows_apart:
+            first = torch.arange(0, batch * x.shape[1] * apart, apart, dtype=pages.dtype)
+            each = first if lists == x.shape[1] else first.repeat_interleave(lists // x.shape[1])
+            rows, rows_apart = (pages + each[:, None]).flatten(), apart
+        gathered.append(table.index_select(0, rows).view(len(pages), -1, x.shape[3]))
+    query = given.query.reshape(batch * lists, heads // lists, width)
+    output, lse = attend_rows(query, *gathered, extra, given.scale, given.softcap, True)
     assert lse is not None
     return output.view(batch, 1, heads, -1), lse.view(batch, heads, 1)
 
 
 def _table(x: Tensor, page: int) -> tuple[Tensor, int]:
-    """x, [B, Hk, S, D], as a table with a row for each page, and how many rows a head is apart.
+    """x, [B, Hk, S, D], as a table with a row for each page, and how many rows apart heads are.
 
     x may be a part of a cache with more room; it is copied only where pages are not whole rows.
     """

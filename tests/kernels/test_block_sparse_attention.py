@@ -9,6 +9,7 @@ import torch
 from forms import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.functional import pad
 
 from rewriter.kernels.attention import attention, attention_with_lse, merge, with_sink
 from rewriter.kernels.block_sparse_attention import (
@@ -19,6 +20,7 @@ from rewriter.kernels.block_sparse_attention import (
     op,
     reference,
     select_blocks,
+    select_pages,
     triton,
 )
 
@@ -178,6 +180,34 @@ def test_pages(form, page, heads):
     truth = reference.block_sparse_attention(*(t.double() for t in args[:3]), *args[3:])
     for name, a, b in zip(("output", "lse"), FORMS[form](*args), truth, strict=True):
         assert_close(a, b, name)
+
+
+@pytest.mark.parametrize("layout", ["room", "odd room", "token first"])
+@pytest.mark.parametrize("heads", [1, 2, 4])
+def test_a_step_reads_a_cache_of_any_layout(heads, layout):
+    """Whole pages are copied where they lie; the cache itself is never copied for its strides."""
+    q, k, v = make(2, 4, 2, 1, 128)
+    plan = select_pages(q, k.unflatten(2, (-1, 16)).mean(3), 3, 16, 128)
+    plan = replace(plan, index=plan.index[:, :1].repeat(1, heads, 1), count=plan.count[:, :1])
+    plan = replace(plan, count=plan.count.repeat(1, heads))
+    room = torch.full((2, 2, 160 if layout == "room" else 150, 16), float("nan"))
+    room[:, :, :128] = k
+    other = room[:, :, :128]
+    if layout == "token first":
+        other = k.transpose(1, 2).contiguous().transpose(1, 2)
+    expected = block_sparse_attention(q.double(), k.double(), v.double(), plan)
+    for a, e in zip(block_sparse_attention(q, other, v, plan), expected, strict=True):
+        assert_close(a, e)
+
+
+def test_pages_are_chosen_by_their_mean_key():
+    q, k, _ = make(2, 4, 2, 1, 150)
+    k[:, 1, 48:64] += 5 * q[:, 2:].mean(1)
+    means = torch.stack([part.mean(2) for part in k.split(16, 2)], 2)
+    plan = select_pages(q, means, 3, 16, 150)
+    assert (plan.index[..., -1] == 9).all() and (plan.index.diff() > 0).all()  # the last page
+    assert (plan.index[:, 1] == 3).any(-1).all()
+    assert torch.equal(plan.index, select_pages(q, pad(means, (0, 0, 0, 2)), 3, 16, 150).index)
 
 
 @pytest.mark.parametrize("form", FORMS)
