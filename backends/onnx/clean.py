@@ -23,11 +23,7 @@ def clean(model: ir.Model) -> bool:
         if node.domain or node.op_type not in RESHAPES | {"Expand"}:
             continue
         source, made = node.inputs[0], node.outputs[0]
-        if source is None or source.shape is None:
-            continue
-        if made.shape is None:
-            made.shape = _shape(node, source.shape)
-        if made.shape is None:
+        if source is None or source.shape is None or made.shape is None:
             continue
         if _equal(source.shape, made.shape) and not made.is_graph_output():
             ir.convenience.replace_all_uses_with(made, source)
@@ -43,25 +39,6 @@ def clean(model: ir.Model) -> bool:
             if root is not source or node.op_type == "Reshape":
                 changed |= _set_target(model, node, root, target)
     return changed
-
-
-def _shape(node: ir.Node, source: ir.Shape) -> ir.Shape | None:
-    """Of what Unsqueeze or Expand makes by a constant: the exporter does not note it."""
-    given = node.inputs[1] if len(node.inputs) > 1 else None
-    tensor = None if given is None else ir.convenience.get_const_tensor(given)
-    if tensor is None or node.op_type not in ("Unsqueeze", "Expand"):
-        return None
-    numbers = [int(n) for n in tensor.numpy().reshape(-1)]
-    if node.op_type == "Expand":
-        if len(numbers) < len(source):
-            return None
-        target = ir.Shape(numbers)
-        return ir.Shape([a if b == 1 else b for a, b in _aligned(source, target)])
-    sizes: list[Any] = list(source)
-    rank = len(sizes) + len(numbers)
-    for axis in sorted(n % rank for n in numbers):
-        sizes.insert(axis, 1)
-    return ir.Shape(sizes)
 
 
 def _root(value: ir.Value) -> ir.Value:
