@@ -250,9 +250,9 @@ def compare(
         except Exception as error:  # its exception types are not public
             raise GateError(f"ONNX Runtime does not run the file: {error}") from error
         for run, each in zip(runs, found, strict=True):
-            for phase, error in zip(run.phases, each, strict=True):
+            for phase, value in zip(run.phases, each, strict=True):
                 name = phase if optimised else f"{phase}, not optimised"
-                errors[name] = max(errors.get(name, 0.0), error)
+                errors[name] = max(errors.get(name, 0.0), value)
     return errors
 
 

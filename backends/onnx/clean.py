@@ -29,7 +29,9 @@ def clean(model: ir.Model) -> bool:
             ir.convenience.replace_all_uses_with(made, source)
             changed = True
         elif node.op_type == "Expand":
-            target = [1 if a == b else b for a, b in _aligned(source.shape, made.shape)]
+            target: list[Any] | None = [
+                1 if a == b else b for a, b in _aligned(source.shape, made.shape)
+            ]
             changed |= _set_target(model, node, source, target)
         else:
             root = _root(source)

@@ -17,6 +17,7 @@ from torch import Tensor
 from rewriter.kernels.attention.launch import launch, recording
 from rewriter.kernels.autograd import _recompute
 from rewriter.kernels.hybrid_attention import cpu
+from rewriter.kernels.hybrid_attention.compute import Options, far_mass_log
 from rewriter.kernels.kernel import Compilation, kernel
 
 __all__ = ["backward", "compilations", "forward"]
@@ -192,9 +193,9 @@ def _blocks(
     far_value: Tensor,
     far_mass: Tensor,
     rank: Tensor,
-    options: cpu.Options,
+    options: Options,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `cpu._blocks`."""
+    """As `compute.compute_blocks`."""
     scale, w, aligned, sinks, reference, far_cap = options
     batch, heads, length, width = queries.shape
     kv_heads, groups = keys.shape[1], features.shape[1]
@@ -204,7 +205,7 @@ def _blocks(
         t.to(dtype).contiguous()
         for t in (queries, keys, values, query_features, features, sink_key, sink_value)
     )
-    gate = gate + cpu.far_mass_log(rank, options).to(gate)[:, None]
+    gate = gate + far_mass_log(rank, options).to(gate)[:, None]
     states = far_value.new_empty(batch, groups, blocks + 1, size, out)
     masses = far_value.new_empty(batch, groups, blocks + 1, size)
     y = torch.empty(batch, length, heads, out, dtype=dtype, device=values.device)

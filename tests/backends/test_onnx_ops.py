@@ -14,6 +14,7 @@ import rewriter.kernels.linear_attention  # noqa: E402, F401  registers the op
 import rewriter.kernels.low_rank_linear  # noqa: E402, F401
 from rewriter.backends.onnx.capabilities import capabilities  # noqa: E402
 from rewriter.backends.onnx.ops import (  # noqa: E402
+    attention,
     block_sparse_attention,
     dense_sparse_linear,
     hybrid_attention,
@@ -192,6 +193,27 @@ def test_hybrid_attention(name: str, tmp_path) -> None:
     real = mask.bool()
     assert relative(torch.cat(made, 1)[real].numpy(), want[real]) < 1e-5
     assert torch.equal(torch.from_numpy(held[-1]), mask.sum(1))
+
+
+def test_outputs_of_padding_are_those_of_a_token(tmp_path) -> None:
+    """GroupQueryAttention leaves them unwritten, and what reads them next may meet a NaN there."""
+    lengths = capabilities().query_lengths  # without them padding is a bias, and all is written
+
+    def lowered(query, key, value, past_key, past_value, mask):
+        return attention.grouped_query(
+            query, key, value, past_key, past_value, mask, None, 0.3, 0, 0.0, lengths
+        )[0]
+
+    def inputs(batch: int, length: int, past: int) -> tuple[torch.Tensor, ...]:
+        made = [torch.randn(batch, h, length, 8) for h in (4, 2, 2)]
+        made += [torch.zeros(batch, 2, past, 8)] * 2
+        return (*made, torch.ones(batch, past + length).long())
+
+    run = session(lowered, inputs(3, 4, 5), [(0, 2)] * 5 + [(0, 1)], tmp_path)
+    args = inputs(2, 6, 0)
+    args[-1][0, :2] = 0
+    y = run.run(None, {f"x{i}": a.numpy() for i, a in enumerate(args)})[0]
+    assert np.array_equal(y[0, :2], y[0, [2, 2]]) or (not lengths and np.isfinite(y).all())
 
 
 # ---- others --------------------------------------------------------------------------------------

@@ -189,7 +189,8 @@ def token_order(op: Nodes, mask: ir.Value, length: ir.Value) -> Order:
     new = op.Slice(real, op.Sub(total, length), total, [1])
     count = op.ReduceSum(new, [1])  # [B, 1]
     after = op.Add(count, op.CumSum(op.Sub(1, new), 1))
-    place = op.Sub(op.Where(op.Greater(new, 0), op.CumSum(new, 1), after), 1)  # [B, L]
+    fresh = op.Greater(new, 0)
+    place = op.Sub(op.Where(fresh, op.CumSum(new, 1), after), 1)  # [B, L]
     zero, one = op.constant(np.int64(0)), op.constant(np.int64(1))
     columns = op.Expand(op.Range(zero, op.Squeeze(length), one), op.Shape(new))
     seen = op.ReduceSum(real, [1], keepdims=0)
@@ -198,7 +199,8 @@ def token_order(op: Nodes, mask: ir.Value, length: ir.Value) -> Order:
     whole = lambda value: op.Cast(value, to=ir.DataType.INT32)  # noqa: E731
     return Order(
         there=op.Unsqueeze(op.ScatterElements(columns, place, columns, axis=1), [2]),
-        back=op.Unsqueeze(place, [2]),
+        # The operator leaves rows past `count` unwritten: padding reads a row that it wrote.
+        back=op.Unsqueeze(op.Where(fresh, place, 0), [2]),
         last=whole(op.Sub(op.Max(seen, one), 1)),
         count=whole(count),
         total=whole(total),

@@ -29,7 +29,7 @@ def lower(node: Node, context: Context) -> None:
 def linear_attention(*args: Any) -> tuple[Tensor, Tensor]:
     """Arguments and results as in the op."""
     state = args[6]
-    y, present = linear_attention_turned(
+    y, present = linear_attention_turned(  # type: ignore[call-arg]
         *args[:6], None if state is None else state.transpose(2, 3), *args[7:]
     )
     return y, present.transpose(2, 3)
