@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -94,6 +95,33 @@ def register_cpu(op: Any) -> None:
 
     LIBRARY.impl(op._name, run, "CPU")
     LIBRARY.impl(op._name, autograd, "AutogradCPU", with_keyset=True)
+
+
+def register_autocast(op: Any, *names: str) -> None:
+    """Under autocast these arguments get its type, as those of a matrix product do.
+
+    Without it a rotated float32 query would meet the bfloat16 value of an autocast linear.
+    """
+    overload = op._opoverload
+    places = [i for i, a in enumerate(overload._schema.arguments) if a.name in names]
+    for kind in ("cpu", "cuda"):
+        key = getattr(torch._C.DispatchKey, f"Autocast{kind.upper()}")
+        LIBRARY.impl(op._name, partial(_autocast, overload, places, kind, key), key.name)
+
+
+def _autocast(overload: Any, places: list[int], kind: str, key: Any, *args: Any) -> Any:
+    dtype, given = torch.get_autocast_dtype(kind), list(args)
+
+    def cast(x: Any) -> Any:
+        if isinstance(x, (list, tuple)):
+            return [cast(each) for each in x]
+        lower = isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
+        return x.to(dtype) if lower else x
+
+    for i in places:
+        given[i] = cast(given[i])
+    with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
+        return overload(*given)
 
 
 def register_triton(op: Any) -> None:

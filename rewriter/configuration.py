@@ -8,13 +8,21 @@ from transformers import AutoConfig, PretrainedConfig
 
 
 class RewriterConfig(PretrainedConfig):
-    """Configuration of a rewritten model: the original's inside, and the recovery state."""
+    """Configuration of a rewritten model: the original's inside, and the recovery state.
+
+    autocast: type that matrices were made narrower to after the capture, if they were.
+    """
 
     model_type = "rewriter"
 
     def __init__(
-        self, original: dict[str, Any] | None = None, recovery: str = "exact", **kwargs: Any
+        self,
+        original: dict[str, Any] | None = None,
+        recovery: str = "exact",
+        autocast: str | None = None,
+        **kwargs: Any,
     ) -> None:
+        self.autocast = autocast
         self.original = original or {}
         self.recovery = recovery
         sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings")

@@ -36,6 +36,16 @@ def backends() -> dict[str, Backend]:
     return dict(sorted(BACKENDS.items()))
 
 
+def _of_one_type(model: Any) -> None:
+    """Raises RewriterError for a graph that runs under autocast, which no other runtime has."""
+    narrow = getattr(model.config, "autocast", None)
+    if narrow is not None:
+        raise RewriterError(
+            f"this model was captured in float32 and its matrices were made {narrow} later",
+            f"use model.float(), or rewrite the original loaded with dtype=torch.{narrow}",
+        )
+
+
 def export(model: Any, folder: str | Path, to: str = "onnx", **options: Any) -> dict[str, Any]:
     """Write `model` for another runtime.
 
@@ -56,13 +66,15 @@ def export(model: Any, folder: str | Path, to: str = "onnx", **options: Any) -> 
         raise RewriterError(f"unknown backend '{to}'", f"use one of: {', '.join(known)}")
     if isinstance(model, (str, Path)):
         model = importlib.import_module("rewriter.model").load(model)
+    _of_one_type(model)
     return known[to](model, Path(folder), **options)
 
 
 def convert(model: Any, to: str, **options: Any) -> Any:
-    """`model` for another runtime, in memory. Raises RewriterError: no such backend."""
+    """`model` for another runtime, in memory. Raises RewriterError as `export`."""
     backends()
     if to not in CONVERTERS:
         known = ", ".join(sorted(CONVERTERS))
         raise RewriterError(f"'{to}' makes no model in memory", f"use one of: {known}")
+    _of_one_type(model)
     return CONVERTERS[to](model, **options)

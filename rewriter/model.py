@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,26 @@ class RewrittenModel(PreTrainedModel, GenerationMixin):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """`to`, `cuda`, `half` …: what the graph itself makes is made where its tensors are."""
-        made = super()._apply(fn, recurse)
+        before = matrix_dtype(self)
+        constants = {id(t) for t in self.buffers()}
+
+        def apply(t: Tensor) -> Tensor:
+            made = fn(t)
+            kept = (t.dim() < 2 or id(t) in constants) and is_narrower(made, t)
+            return t.to(made.device) if kept else made
+
+        probe = torch.empty(0, dtype=before, device=self.device)
+        after = fn(probe).dtype
+        if after == before:
+            made = super()._apply(apply, recurse)
+        else:  # in new parameters: the original model may hold the same ones
+            overwrites = torch.__future__.get_overwrite_module_params_on_conversion()
+            torch.__future__.set_overwrite_module_params_on_conversion(True)
+            try:
+                made = super()._apply(apply, recurse)
+            finally:
+                torch.__future__.set_overwrite_module_params_on_conversion(overwrites)
+            self.config.autocast = autocast_for(before, after)
         self._follow_device()
         return made
 
@@ -87,6 +107,16 @@ class RewrittenModel(PreTrainedModel, GenerationMixin):
         return follow_device(self.graph.module)
 
     # ---- forward -------------------------------------------------------------------------
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with self._autocast():
+            return super().__call__(*args, **kwargs)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        """For matrices narrower than what the graph was captured with; nothing otherwise."""
+        if self.config.autocast is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=getattr(torch, self.config.autocast))
 
     def forward(
         self,
@@ -236,6 +266,23 @@ class RewrittenModel(PreTrainedModel, GenerationMixin):
         )
 
 
+def matrix_dtype(module: nn.Module) -> torch.dtype:
+    """Type of the first matrix; float32 without one."""
+    found = (p.dtype for p in module.parameters() if p.is_floating_point() and p.dim() > 1)
+    return next(found, torch.float32)
+
+
+def is_narrower(new: Tensor, old: Tensor) -> bool:
+    both = new.is_floating_point() and old.is_floating_point()
+    return both and new.element_size() < old.element_size() and new.element_size() < 4
+
+
+def autocast_for(before: torch.dtype, after: torch.dtype) -> str | None:
+    """Name of the type to compute in once matrices went from `before` to `after`."""
+    narrower = after.itemsize < before.itemsize and after.itemsize < 4
+    return str(after).removeprefix("torch.") if narrower else None
+
+
 def mean_loss(logits: Tensor, labels: Tensor, items: Any = None) -> Tensor:
     """Cross entropy of logits [B, L, V] and labels [B, L], a mean over those that are not -100.
 
@@ -249,6 +296,9 @@ def mean_loss(logits: Tensor, labels: Tensor, items: Any = None) -> Tensor:
 
 def load(folder: str | Path, dtype: Any = None, device: Any = None) -> RewrittenModel:
     """Load a saved folder; nothing is traced.
+
+    dtype: of its matrices; vectors (norms, biases, decays) and constants never become narrower
+    than they were saved, and what is computed between the matrices stays in their type.
 
     Raises RewriterError: a file is missing or damaged, or an operator has changed.
     """
@@ -276,8 +326,6 @@ def load(folder: str | Path, dtype: Any = None, device: Any = None) -> Rewritten
         raise RewriterError(f"{folder} is damaged: {error}", "write it again") from error
     except Exception as error:  # safetensors has its own exception type
         raise RewriterError(f"{folder / WEIGHTS} is damaged: {error}", "write it again") from error
-    if dtype not in (None, "auto"):
-        tensors = {k: t.to(dtype) if t.is_floating_point() else t for k, t in tensors.items()}
     for name in data["parameters"]:
         if name in tensors:
             tensors[name] = nn.Parameter(tensors[name], name not in data["frozen"])
@@ -285,6 +333,8 @@ def load(folder: str | Path, dtype: Any = None, device: Any = None) -> Rewritten
     from rewriter.seq2seq import build
 
     model = build(config, graph).eval()
+    if dtype not in (None, "auto"):
+        model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
     model._follow_device()
     for name in ("lock", "report"):
         if (folder / f"{name}.json").exists():

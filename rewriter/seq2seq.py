@@ -149,7 +149,8 @@ class RewrittenSeq2Seq(RewrittenModel):
 
     def encode(self, given: dict[str, Any]) -> Tensor:
         """The encoder's inputs, by their names, to its last hidden states [B, S, D]."""
-        return self._run(self.parts.encoder, self._encoder_values(given))[0]
+        with self._autocast():  # generation calls it by itself
+            return self._run(self.parts.encoder, self._encoder_values(given))[0]
 
     def _decode(
         self, state: State | None, given: dict[str, Any], own: dict[str, Any], hidden: Any

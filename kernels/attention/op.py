@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rewriter.kernels.attention import cpu
 from rewriter.kernels.attention.arguments import Arguments
-from rewriter.kernels.autograd import register_cpu, register_triton
+from rewriter.kernels.autograd import register_autocast, register_cpu, register_triton
 from rewriter.kernels.mixer import MixerSpec, register_mixer
 from rewriter.kernels.schema import inputs, names
 
@@ -112,6 +112,7 @@ for _op in (attention, attention_with_lse):
     _op.register_autograd(_backward, setup_context=_setup)
     register_mixer(_op, MixerSpec("kv_append", normalised=True))
     register_cpu(_op)
+    register_autocast(_op, "query", "key", "value")
 register_triton(attention)
 
 

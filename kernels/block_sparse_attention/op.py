@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rewriter.kernels.autograd import expect, register_cpu, register_triton
+from rewriter.kernels.autograd import expect, register_autocast, register_cpu, register_triton
 from rewriter.kernels.block_sparse_attention import cpu
 from rewriter.kernels.block_sparse_attention.arguments import Arguments
 from rewriter.kernels.mixer import MixerSpec, register_mixer
@@ -129,6 +129,7 @@ def _backward(
 block_sparse_attention.register_autograd(_backward, setup_context=_setup)
 register_mixer(block_sparse_attention, MixerSpec("kv_append", normalised=True))
 register_cpu(block_sparse_attention)
+register_autocast(block_sparse_attention, "query", "key", "value")
 register_triton(block_sparse_attention)
 
 

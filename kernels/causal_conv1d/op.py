@@ -5,7 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rewriter.kernels.autograd import register_cpu, register_recompute, register_triton
+from rewriter.kernels.autograd import (
+    register_autocast,
+    register_cpu,
+    register_recompute,
+    register_triton,
+)
 from rewriter.kernels.causal_conv1d import reference
 from rewriter.kernels.mixer import MixerSpec, StateTensor, register_mixer
 
@@ -72,5 +77,6 @@ def _check(
 
 register_recompute(causal_conv1d, reference.causal_conv1d)
 register_cpu(causal_conv1d)
+register_autocast(causal_conv1d, "x", "weight", "bias", "state")
 register_triton(causal_conv1d)
 register_mixer(causal_conv1d, MixerSpec("shift", (StateTensor("conv", "state", 1),)))

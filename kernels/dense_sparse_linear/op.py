@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rewriter.kernels.autograd import register_cpu, register_triton
+from rewriter.kernels.autograd import register_autocast, register_cpu, register_triton
 from rewriter.kernels.dense_sparse_linear import cpu
 
 
@@ -62,4 +62,5 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 dense_sparse_linear.register_autograd(_backward, setup_context=_setup)
 register_cpu(dense_sparse_linear)
+register_autocast(dense_sparse_linear, "x", "basis", "value", "bias")
 register_triton(dense_sparse_linear)

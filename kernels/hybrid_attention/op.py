@@ -7,7 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rewriter.kernels.autograd import expect, register_cpu, register_recompute, register_triton
+from rewriter.kernels.autograd import (
+    expect,
+    register_autocast,
+    register_cpu,
+    register_recompute,
+    register_triton,
+)
 from rewriter.kernels.hybrid_attention import cpu
 from rewriter.kernels.mixer import MixerSpec, StateTensor, register_mixer
 
@@ -106,6 +112,7 @@ def _shapes(
 
 register_recompute(hybrid_attention, cpu.hybrid_attention)
 register_cpu(hybrid_attention)
+register_autocast(hybrid_attention, "query", "key", "value", "query_features", "key_features")
 register_triton(hybrid_attention)
 register_mixer(
     hybrid_attention,

@@ -5,7 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rewriter.kernels.autograd import expect, register_cpu, register_recompute, register_triton
+from rewriter.kernels.autograd import (
+    expect,
+    register_autocast,
+    register_cpu,
+    register_recompute,
+    register_triton,
+)
 from rewriter.kernels.linear_attention import cpu
 from rewriter.kernels.linear_attention.reference import state_heads
 from rewriter.kernels.mixer import MixerSpec, StateTensor, register_mixer
@@ -117,6 +123,7 @@ def _check(
 
 register_recompute(linear_attention, cpu.linear_attention)
 register_cpu(linear_attention)
+register_autocast(linear_attention, "q", "k", "v")
 register_triton(linear_attention)
 register_mixer(
     linear_attention,

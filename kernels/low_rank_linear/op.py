@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rewriter.kernels.autograd import register_cpu, register_triton
+from rewriter.kernels.autograd import register_autocast, register_cpu, register_triton
 from rewriter.kernels.low_rank_linear import cpu
 
 
@@ -65,4 +65,5 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 low_rank_linear.register_autograd(_backward, setup_context=_setup)
 register_cpu(low_rank_linear)
+register_autocast(low_rank_linear, "x", "first", "second", "bias")
 register_triton(low_rank_linear)

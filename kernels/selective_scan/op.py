@@ -5,7 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rewriter.kernels.autograd import expect, register_cpu, register_recompute, register_triton
+from rewriter.kernels.autograd import (
+    expect,
+    register_autocast,
+    register_cpu,
+    register_recompute,
+    register_triton,
+)
 from rewriter.kernels.mixer import MixerSpec, StateTensor, register_mixer
 from rewriter.kernels.selective_scan import cpu
 
@@ -78,5 +84,6 @@ def _check(
 
 register_recompute(selective_scan, cpu.selective_scan)
 register_cpu(selective_scan)
+register_autocast(selective_scan, "x", "B", "C")
 register_triton(selective_scan)
 register_mixer(selective_scan, MixerSpec("full_diagonal", (StateTensor("ssm", "state", 1),)))

@@ -5,7 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rewriter.kernels.autograd import expect, register_cpu, register_recompute, register_triton
+from rewriter.kernels.autograd import (
+    expect,
+    register_autocast,
+    register_cpu,
+    register_recompute,
+    register_triton,
+)
 from rewriter.kernels.mixer import MixerSpec, StateTensor, register_mixer
 from rewriter.kernels.ssd import cpu
 
@@ -79,5 +85,6 @@ def _check(
 
 register_recompute(ssd, cpu.ssd)
 register_cpu(ssd)
+register_autocast(ssd, "x", "B", "C")
 register_triton(ssd)
 register_mixer(ssd, MixerSpec("head_scalar", (StateTensor("ssm", "state", 1),)))

@@ -140,6 +140,11 @@ def recover(
     """
     clock = time.monotonic()
     made = model if isinstance(model, RewrittenModel) else load(model)
+    if made.config.autocast is not None:
+        raise RewriterError(
+            f"the matrices were made {made.config.autocast} after the capture",
+            "recover the float32 model (`precision` computes in bfloat16), then narrow it",
+        )
     chosen = _stages(made, stages)
     if data is None and made.plan is not None:
         data = made.plan.data
