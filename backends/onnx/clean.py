@@ -25,8 +25,9 @@ def clean(model: ir.Model) -> bool:
         source, made = node.inputs[0], node.outputs[0]
         if source is None or source.shape is None or made.shape is None:
             continue
-        if _equal(source.shape, made.shape) and not made.is_graph_output():
-            ir.convenience.replace_all_uses_with(made, source)
+        root = source if node.op_type == "Expand" else _root(made)
+        if _equal(root.shape, made.shape) and not made.is_graph_output():  # type: ignore[arg-type]
+            ir.convenience.replace_all_uses_with(made, root)
             changed = True
         elif node.op_type == "Expand":
             target: list[Any] | None = [
@@ -34,7 +35,6 @@ def clean(model: ir.Model) -> bool:
             ]
             changed |= _set_target(model, node, source, target)
         else:
-            root = _root(source)
             target = _target(root.shape, made.shape)  # type: ignore[arg-type]
             if target is None:
                 root, target = source, _target(source.shape, made.shape)
