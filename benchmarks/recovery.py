@@ -25,7 +25,8 @@ from rewriter import evaluate
 from rewriter.evaluate.text import BOOK, SKIP, split, windows
 from rewriter.recover import baselines
 from rewriter.recover.fit import fit_regions
-from rewriter.recover.graphs import Frozen, find_regions, stateless
+from rewriter.recover.graphs import Frozen, stateless
+from rewriter.recover.regions import find_regions
 from rewriter.recover.run import recover
 from rewriter.recover.stages import Fit
 from rewriter.recover.teacher import teacher_graph
@@ -54,6 +55,9 @@ MIXED = {"length": 2048, "long": 4096, "long_share": 0.3}  # a linear branch mus
 #: A query sees 257 to 512 tokens exactly; with 64 (the pass's default) the rows at 8,192 tokens
 #: start from 1.033 in place of 1.016.
 WIDE: dict[str, Any] = {"pass": "hybrid_linear", "window": 256}
+#: Low rank is calibrated on five parts of novels to one of Brown and Wikipedia, and takes the
+#: gradient of all of it.
+NOVELS: dict[str, Any] = {"shares": True, "calibration": {"gradient_tokens": 1 << 20}}
 ROWS: dict[str, dict[str, Any]] = {
     "mamba2_25": {
         "method": "mamba2", "layers": "25%",
@@ -87,14 +91,21 @@ ROWS: dict[str, dict[str, Any]] = {
     },
     "low_rank": {
         "method": "low_rank", "layers": "100%",
-        "step": {"pass": "low_rank", "keep": 0.8}, "stages": [],
+        "step": {"pass": "low_rank", "keep": 0.8}, "stages": [], **NOVELS,
     },
     "low_rank_recovered": {
         "method": "low_rank", "layers": "100%",
         "step": {"pass": "low_rank", "keep": 0.8},
-        "stages": [{"stage": "distil", "layer_weight": 0.0}],
+        "stages": [{"stage": "distil", "layer_weight": 0.0}], **NOVELS,
     },
 }  # fmt: skip
+
+
+def _shares(paths: list[str]) -> list[str]:
+    """Texts that calibration draws from in turn: a novel each, then all the rest as one."""
+    novels = [Path(p).read_text() for p in paths if Path(p).parent.name == "austen"]
+    others = [Path(p).read_text() for p in paths if Path(p).parent.name != "austen"]
+    return [*novels, "\n\n".join(others)]
 
 
 def run(
@@ -113,12 +124,13 @@ def run(
     data = [str(p) for p in split().train]
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     saved = folder / row if folder is not None else None
+    calibration = calibration | about.get("calibration", {})
     plan: dict[str, Any] = {"steps": [about["step"]], "data": data, "calibration": calibration}
     plan["gate"] = {"sequences": 2, "length": 512}
     if saved is not None and saved.exists():
         made = rewriter.load(saved)
     else:
-        made = rewriter.rewrite(MODEL, plan)
+        made = rewriter.rewrite(MODEL, plan, _shares(data) if about.get("shares") else None)
         if saved is not None:
             made.save_pretrained(saved)
     entry: dict[str, Any] = {"method": about["method"], "layers": about["layers"]}

@@ -70,7 +70,7 @@ def recover(
     with quiet_stdout(as_json):
         from rewriter.folders import whole_folder
         from rewriter.recover import recover as run
-        from rewriter.recover.run import main_process
+        from rewriter.recover.session import main_process
 
         made = run(
             output,

@@ -12,8 +12,9 @@ from tqdm import tqdm
 
 from rewriter.calibration import copy_module
 from rewriter.graph import ATTENTION, aten, path_of, place, set_argument
-from rewriter.recover.graphs import Frozen, Region, extract
+from rewriter.recover.graphs import Frozen, extract
 from rewriter.recover.modules import LanguageModel, input_values, inputs_of, token_losses
+from rewriter.recover.regions import Region
 
 WINDOW, SINKS = 64, 4
 

@@ -10,8 +10,9 @@ from torch.fx import GraphModule
 from tqdm import tqdm
 
 from rewriter.graph import LINEAR, argument, as_linear
-from rewriter.recover.graphs import Frozen, Region, extract
+from rewriter.recover.graphs import Frozen, extract
 from rewriter.recover.modules import input_values, inputs_of
+from rewriter.recover.regions import Region
 from rewriter.recover.stages import Fit
 
 

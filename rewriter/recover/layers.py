@@ -21,9 +21,10 @@ from rewriter.graph import layer_of
 from rewriter.plan import Plan
 from rewriter.recover.data import training_text
 from rewriter.recover.fit import fit_regions
-from rewriter.recover.graphs import Frozen, Region, extract, find_regions, stateless
+from rewriter.recover.graphs import Frozen, extract, stateless
 from rewriter.recover.modules import input_values, inputs_of
-from rewriter.recover.run import half_precision
+from rewriter.recover.regions import Region, find_regions
+from rewriter.recover.session import half_precision
 from rewriter.recover.stages import Fit
 from rewriter.recover.teacher import teacher_graph
 

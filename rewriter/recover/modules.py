@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rewriter.calibration import text_inputs
 from rewriter.graph import LINEAR, as_linear, aten, place
-from rewriter.recover.graphs import Frozen, Piece, Region, extract, segments
+from rewriter.recover.graphs import Frozen, Piece, extract, segments
 from rewriter.recover.losses import (
     in_chunks,
     known_gradients,
@@ -23,6 +23,7 @@ from rewriter.recover.losses import (
     positions_at_once,
     relative_error,
 )
+from rewriter.recover.regions import Region
 from rewriter.recover.stages import Distil
 
 #: Ops that act on one element at a time and may stand between the head and the logits.

@@ -16,8 +16,9 @@ from torch import Tensor
 
 import rewriter
 from rewriter.errors import PlanError, RewriterError
-from rewriter.recover.graphs import Frozen, extract, find_regions, stateless
+from rewriter.recover.graphs import Frozen, extract, stateless
 from rewriter.recover.modules import DistilStage, TransferStage
+from rewriter.recover.regions import find_regions
 from rewriter.recover.run import recover
 from rewriter.recover.stages import Distil, Fit, Lora, Transfer
 from rewriter.recover.teacher import teacher_graph
@@ -197,7 +198,7 @@ def test_logit_losses(tiny_llama, logits):
 def test_lora_folds_exactly(tiny_llama):
     made = rewritten(tiny_llama, "sliding_window", window=4, sinks=1)
     lora = Lora(length=LENGTH, tokens=20 * LENGTH, ema=0.0, rank=4, targets=["re:.*mlp.*proj"])
-    from rewriter.recover import run as engine
+    from rewriter.recover import training as engine
     from rewriter.recover.lora import add_lora
 
     kept = {}
@@ -337,22 +338,23 @@ def test_memory_of_folders(tiny_llama, tmp_path, monkeypatch):
     """Teacher and student together: bfloat16 linears once, float32 for the rest."""
     out = folder(tiny_llama, tmp_path)
     from rewriter.recover import run as engine
+    from rewriter.recover.training import _tensor_of
 
     seen = []
-    plain = engine._run_stage
+    plain = engine.run_stage
 
     def count(run, *rest):
         held = {}
         for module in (run.student, run.teacher):
             for node in module.graph.nodes:
                 if node.op == "get_attr":
-                    tensor = engine._tensor_of(module, str(node.target))
+                    tensor = _tensor_of(module, str(node.target))
                     held[tensor.data_ptr()] = tensor.nbytes
         held |= {c.data_ptr(): c.nbytes for _, c in run.frozen._placed.values()}
         seen.append(sum(held.values()))
         return plain(run, *rest)
 
-    monkeypatch.setattr(engine, "_run_stage", count)
+    monkeypatch.setattr(engine, "run_stage", count)
     made = recover(out, None, [transfer()], text(), precision="half", **FAST)
     whole = sum(p.nbytes for p in tiny_llama.parameters())
     assert seen[0] <= 1.0 * whole
@@ -416,7 +418,8 @@ SCRIPT = """
 import sys
 sys.path.insert(0, {here!r})
 import torch
-from rewriter.recover.run import recover, main_process
+from rewriter.recover.run import recover
+from rewriter.recover.session import main_process
 from rewriter.recover.stages import Transfer, Distil
 from test_recover import text, FAST
 from safetensors.torch import save_file
