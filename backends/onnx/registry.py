@@ -30,8 +30,8 @@ class StateTensor:
 
     input, output: names. shape: without the batch, which comes first; 0 where it grows.
     grows: the dimension (batch counted) that is the number of past tokens, or None.
-    dtype: numpy's name. shared: whether the operator extends the past in place, if one buffer is
-    bound to both and has room. A sequence starts with zeros.
+    dtype: numpy's name. shared: whether the operator extends or overwrites the past in place, if
+    one buffer is bound to both and has room. A sequence starts with zeros.
     """
 
     input: str
@@ -111,15 +111,20 @@ class Context:
         dimensions exchanged; whether it could be. (It starts with zeros: no layout is its own.)
         """
         name = str(getattr(past, "target", None))
-        made = [u for u in node.users if u.target is operator.getitem and u.args[1] == output]
-        if name not in self.states or len(past.users) != 1 or len(made) != 1 or made[0].users:
+        if not self.alone(past, node, output):
             return False
         *first, m, n = self.states[name].shape
         self.states[name] = replace(self.states[name], shape=(*first, n, m))
         return True
 
+    def alone(self, past: Any, node: Node, output: int) -> bool:
+        """Whether only `node` reads this state, and makes the next one as its `output`."""
+        name = str(getattr(past, "target", None))
+        made = [u for u in node.users if u.target is operator.getitem and u.args[1] == output]
+        return name in self.states and len(past.users) == len(made) == 1 and not made[0].users
+
     def share(self, past: Node) -> None:
-        """The operator extends this state in place."""
+        """The operator extends this state, or writes the next one over it, in place."""
         name = str(past.target)
         self.states[name] = replace(self.states[name], shared=True)
 

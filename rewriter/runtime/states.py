@@ -13,9 +13,10 @@ ROOM = 64
 class States:
     """Binds every state of a session to an input and an output.
 
-    A cache that its operator extends in place is one buffer with room to grow, bound on both
-    sides. Any other state of fixed size has two buffers that change sides after each call; one
-    that a call lengthens by concatenation is allocated by ONNX Runtime and handed on.
+    A state that its operator extends or overwrites in place is one buffer, with room if it grows,
+    bound on both sides. Any other state of fixed size has two buffers that change sides after
+    each call; one that a call lengthens by concatenation is allocated by ONNX Runtime and handed
+    on.
 
     Args:
         binding: the IO binding of a session. specs: the `states` of export.json.

@@ -95,6 +95,33 @@ def test_plans_export_with_fused_operators(
     assert bool(report["fallbacks"]) == (name == "sinks")  # said, not hidden
 
 
+def test_recurrent_states_are_updated_in_place(llama: LlamaForCausalLM, tmp_path: Path) -> None:
+    """One buffer a state, as the formula of the state's size says, and the same answers as two."""
+    from rewriter.runtime import OnnxModel
+
+    made = rewritten(llama, {"pass": "mamba2", "fit": "none", "policy": "warn"})
+    report = export_onnx(made, tmp_path / "out")
+    assert len(report["states"]) == 4 and all(s["shared"] for s in report["states"])
+    model = OnnxModel(tmp_path / "out", threads=1)
+    random = np.random.default_rng(0)
+    calls = [random.integers(0, 211, (2, n)) for n in (7, 1, 2, 5, 1)]  # below and above the kernel
+
+    def answers() -> list[np.ndarray]:
+        sequence = model.start(2, 16)
+        mask = np.ones((2, 7), dtype=np.int64)
+        mask[0, :3] = 0
+        logits = [sequence(t, mask if i == 0 else None) for i, t in enumerate(calls)]
+        assert model.about["states"][0]["shared"] == (sequence.states.bytes() == 2 * formula)
+        return logits
+
+    formula = made.report["state"]["after"]["fixed"]
+    in_place = answers()
+    for state in model.about["states"]:
+        state["shared"] = False
+    for one, two in zip(in_place, answers(), strict=True):
+        assert np.array_equal(one, two)
+
+
 def test_folder_is_complete_and_tied_weights_are_stored_once(
     plain: rewriter.RewrittenModel, tmp_path: Path
 ) -> None:

@@ -8,11 +8,15 @@ from torch.fx import Node
 
 import rewriter.kernels.causal_conv1d  # noqa: F401  registers the op
 from rewriter.backends.onnx.registry import Context, emit, lowers
+from rewriter.graph import argument
 
 
 @lowers(torch.ops.rewriter.causal_conv1d.default)
 def lower(node: Node, context: Context) -> None:
     if context.fused and context.can.causal_conv:
+        state = argument(node, "state")
+        if context.alone(state, node, 1):
+            context.share(state)
         context.replace(node, conv_with_state)
         return
     if context.fused:

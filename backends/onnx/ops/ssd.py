@@ -16,7 +16,10 @@ from rewriter.graph import argument
 @lowers(torch.ops.rewriter.ssd.default)
 def lower(node: Node, context: Context) -> None:
     if context.fused and context.can.linear_attention:
-        turned = context.turn_state(argument(node, "state"), node, 1)
+        state = argument(node, "state")
+        turned = context.turn_state(state, node, 1)
+        if turned:
+            context.share(state)
         context.replace(node, linear_attention_turned if turned else linear_attention)
         return
     if context.fused:
