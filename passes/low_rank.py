@@ -24,6 +24,7 @@ from rewriter.linear_algebra import (
     to_pivot,
     uniform_ranks,
 )
+from rewriter.passes._low_rank_sequential import corrected, refit
 from rewriter.protocol import Calibration, Contract, Made, NearMiss, Pass, PassConfig, Site
 
 aten = torch.ops.aten
@@ -50,7 +51,8 @@ class LowRank(Pass):
     Contract: approximate; exact at rank min(m, n).
     Source: SVD-LLM, PIFA; specs/compress.md §2.3, §2.6, §8.4.
     Memory: all Grams, then up to three weights' worth of float64 per site until the ranks
-    are chosen.
+    are chosen; the sequential fit keeps the output Grams and one layer's activations of all
+    the calibration text.
     """
 
     name, contract, needs_calibration = "low_rank", Contract.APPROXIMATE, True
@@ -61,6 +63,10 @@ class LowRank(Pass):
         parameters, or `pivot`, r(m+n-r) for the same function. weighting: `two_sided` needs
         a loss; left out, it falls back to `activation` where the model has none. allocation:
         how `keep` is spread over the sites. multiple: ranks under `keep` are multiples of it.
+        sequential: after the ranks are chosen, fit each weight again, in the graph's order, to
+        give the original's outputs from what the low-rank sites before it let through; closed
+        form, for two more passes over the calibration text. ridge: pull towards the original
+        weight in that fit, as a share of the mean square of an input.
         """
 
         keep: float | None = Field(None, gt=0, le=1)
@@ -69,6 +75,8 @@ class LowRank(Pass):
         weighting: Literal["activation", "two_sided"] = "two_sided"
         allocation: Literal["loss_curve", "uniform"] = "loss_curve"
         multiple: int = Field(1, ge=1)
+        sequential: bool = True
+        ridge: float = Field(0.01, gt=0)
 
         @model_validator(mode="after")
         def one_target(self) -> LowRank.Config:
@@ -120,14 +128,55 @@ class LowRank(Pass):
             for name, x in linears.items()
         }
         weighting, output_grams = self._output_grams(list(linears.values()), calibration)
+        metrics = {x.node: output_grams.get(x.node) for x in linears.values()}
         fits = self._fit(graph, linears, calibration, output_grams)
         shapes = [_shape(x, graph.tensor(x.weight)) for x in linears.values()]
-        ranks = self._ranks(list(fits.values()), shapes, relative=weighting == "activation")
-        for name, shape, rank in zip(linears, shapes, ranks, strict=True):
+        found = self._ranks(list(fits.values()), shapes, relative=weighting == "activation")
+        ranks = dict(zip(linears, found, strict=True))
+        for name, shape in zip(linears, shapes, strict=True):
+            if ranks[name] is not None and self.config.sequential:
+                del fits[name]
+                continue
             dtype = graph.tensor(linears[name].weight).dtype
-            made = self._form(fits.pop(name), shape, rank, dtype)
-            self._factored[name] = made
+            self._factored[name] = self._form(fits.pop(name), shape, ranks[name], dtype)
+        if len(self._factored) < len(linears):
+            self._refit(graph, linears, ranks, calibration, metrics)
+        for made in self._factored.values():
             made.facts["weighting"] = weighting
+
+    def _refit(
+        self,
+        graph: Graph,
+        linears: dict[str, Linear],
+        ranks: dict[str, int | None],
+        calibration: Calibration,
+        metrics: dict[Node, Tensor | None],
+    ) -> None:
+        """Factor every site that is not dense again, on the inputs of the low-rank model."""
+        inputs = [n for n in graph.nodes if n.op == "placeholder"]
+        batches = [[one[n] for n in inputs] for one in calibration.sequences(inputs)]
+        roots: list[tuple[Tensor, Tensor]] = []  # of the current Gram
+
+        def root_of(gram: Tensor) -> Tensor:
+            if not roots or roots[0][0] is not gram:
+                roots[:] = [(gram, root(gram))]
+            return roots[0][1]
+
+        def solve(name: str, gram: Tensor, drift: Tensor) -> Tensor | None:
+            linear, rank = linears[name], ranks[name]
+            if rank is None:
+                return None
+            stored = graph.tensor(linear.weight)
+            weight = _weight(graph, linear)
+            target = corrected(weight, gram, drift, self.config.ridge)
+            fit = decompose(target, gram, metrics.pop(linear.node), partial(root_of, gram))
+            made = self._form(fit, _shape(linear, stored), rank, stored.dtype)
+            made.facts["drift"] = float((target - weight).norm() / weight.norm())
+            self._factored[name] = made
+            a, b = fit.factors(rank)
+            return (a @ b).to(stored)
+
+        refit(graph.module, linears, batches, solve)
 
     def _output_grams(
         self, linears: list[Linear], calibration: Calibration
