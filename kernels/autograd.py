@@ -100,7 +100,8 @@ def register_cpu(op: Any) -> None:
 def register_autocast(op: Any, *names: str) -> None:
     """Under autocast these arguments get its type, as those of a matrix product do.
 
-    Without it a rotated float32 query would meet the bfloat16 value of an autocast linear.
+    Without it a rotated float32 query would meet the bfloat16 value of an autocast linear. Ops
+    that are a recurrence (ssd, selective_scan) have no such rule: they compute in what they get.
     """
     overload = op._opoverload
     places = [i for i, a in enumerate(overload._schema.arguments) if a.name in names]

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from rewriter.kernels.autograd import (
     expect,
-    register_autocast,
     register_cpu,
     register_recompute,
     register_triton,
@@ -84,6 +83,5 @@ def _check(
 
 register_recompute(selective_scan, cpu.selective_scan)
 register_cpu(selective_scan)
-register_autocast(selective_scan, "x", "B", "C")
 register_triton(selective_scan)
 register_mixer(selective_scan, MixerSpec("full_diagonal", (StateTensor("ssm", "state", 1),)))

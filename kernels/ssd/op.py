@@ -7,7 +7,6 @@ from torch import Tensor
 
 from rewriter.kernels.autograd import (
     expect,
-    register_autocast,
     register_cpu,
     register_recompute,
     register_triton,
@@ -85,6 +84,5 @@ def _check(
 
 register_recompute(ssd, cpu.ssd)
 register_cpu(ssd)
-register_autocast(ssd, "x", "B", "C")
 register_triton(ssd)
 register_mixer(ssd, MixerSpec("head_scalar", (StateTensor("ssm", "state", 1),)))

@@ -65,6 +65,13 @@ def test_autocast_trains(tiny_llama, name):
     assert all(a <= 1.5 * b for a, b in zip(ours, theirs, strict=True)), (ours, theirs)
 
 
+def errors_of_narrowing(original) -> tuple[float, float]:
+    """Of the original in bfloat16, and in float32 again: of its rounded weights alone."""
+    other = copy.deepcopy(original).to(torch.bfloat16)
+    want, half = original(IDS).logits, other(IDS).logits
+    return rmse(half, want), rmse(other.float()(IDS).logits, want)
+
+
 @pytest.mark.parametrize("name", PASSES)
 def test_narrowed_matrices(tiny_llama, name, tmp_path: Path):
     model = made(tiny_llama, name)
@@ -74,7 +81,8 @@ def test_narrowed_matrices(tiny_llama, name, tmp_path: Path):
     assert model.to(torch.bfloat16).dtype == torch.bfloat16
     vectors = [*model.buffers(), *(p for p in model.parameters() if p.dim() < 2)]
     assert {t.dtype for t in vectors if t.is_floating_point()} == {torch.float32}
-    assert rmse(model(IDS).logits, want) <= 0.04
+    half, rounded = errors_of_narrowing(tiny_llama)
+    assert rmse(model(IDS).logits, want) <= 2 * half
     again = rewriter.load(tmp_path / "full", dtype=torch.bfloat16)
     assert torch.equal(again(IDS).logits, model(IDS).logits)
     model.save_pretrained(tmp_path / "narrow")
@@ -85,7 +93,7 @@ def test_narrowed_matrices(tiny_llama, name, tmp_path: Path):
         rewriter.export(kept, tmp_path / "onnx")
     assert not (tmp_path / "onnx").exists()
     assert kept.float().config.autocast is None
-    assert rmse(kept(IDS).logits, want) <= 0.02
+    assert rmse(kept(IDS).logits, want) <= 2 * rounded
 
 
 def test_trainer_in_bfloat16(tiny_llama, tmp_path: Path):
