@@ -99,7 +99,8 @@ class RewrittenModel(PreTrainedModel, GenerationMixin):
                 made = super()._apply(apply, recurse)
             finally:
                 torch.__future__.set_overwrite_module_params_on_conversion(overwrites)
-            self.config.autocast = autocast_for(before, after)
+            half = after.itemsize < 4
+            self.config.autocast = str(after).removeprefix("torch.") if half else None
         self._follow_device()
         return made
 
@@ -275,12 +276,6 @@ def matrix_dtype(module: nn.Module) -> torch.dtype:
 def is_narrower(new: Tensor, old: Tensor) -> bool:
     both = new.is_floating_point() and old.is_floating_point()
     return both and new.element_size() < old.element_size() and new.element_size() < 4
-
-
-def autocast_for(before: torch.dtype, after: torch.dtype) -> str | None:
-    """Name of the type to compute in once matrices went from `before` to `after`."""
-    narrower = after.itemsize < before.itemsize and after.itemsize < 4
-    return str(after).removeprefix("torch.") if narrower else None
 
 
 def mean_loss(logits: Tensor, labels: Tensor, items: Any = None) -> Tensor:

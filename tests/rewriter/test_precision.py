@@ -96,6 +96,14 @@ def test_narrowed_matrices(tiny_llama, name, tmp_path: Path):
     assert rmse(kept(IDS).logits, want) <= 2 * rounded
 
 
+def test_from_one_half_type_to_the_other(tiny_llama):
+    model = rewriter.rewrite(copy.deepcopy(tiny_llama), {"steps": []})
+    want = model(IDS).logits
+    model.to(torch.bfloat16).to(torch.float16)
+    assert model.config.autocast == "float16"
+    assert rmse(model(IDS).logits, want) <= 2 * errors_of_narrowing(tiny_llama)[0]
+
+
 def test_trainer_in_bfloat16(tiny_llama, tmp_path: Path):
     model = made(tiny_llama, "window").train()
     rows = [{"input_ids": row, "labels": row} for row in IDS]
