@@ -49,9 +49,10 @@ HYBRID_25 = [0, 11, 12, 13, 16, 25, 27, 29]
 HYBRID_50 = [0, 1, 11, 12, 13, 16, 17, 19, 21, 22, 25, 26, 27, 28, 29]
 KEPT = [15, 18, 20, 21, 22, 23]
 
-#: Minutes go to transfer and distil as one to three.
+#: Of the minutes, transfer gets one part and distil three.
 TRANSFER: dict[str, Any] = {"stage": "transfer", "share": 1.0}
 MIXED = {"length": 2048, "long": 4096, "long_share": 0.3}  # a linear branch must see long text
+LONGER = {"length": 2048, "long": 8192, "long_share": 0.5, "share": 4.0}
 #: A query sees 257 to 512 tokens exactly; with 64 (the pass's default) the rows at 8,192 tokens
 #: start from 1.033 in place of 1.016.
 WIDE: dict[str, Any] = {"pass": "hybrid_linear", "window": 256}
@@ -82,12 +83,12 @@ ROWS: dict[str, dict[str, Any]] = {
     "hybrid_100": {
         "method": "hybrid_linear", "layers": "100%",
         "step": WIDE,
-        "stages": [TRANSFER | MIXED, {"stage": "distil", "length": 2048}],
+        "stages": [TRANSFER | LONGER, {"stage": "distil", "length": 2048}],
     },
     "hybrid_but_6": {
         "method": "hybrid_linear", "layers": "all but 6",
         "step": WIDE | {"layers": [n for n in range(30) if n not in KEPT]},
-        "stages": [TRANSFER | MIXED, {"stage": "distil", "length": 2048}],
+        "stages": [TRANSFER | LONGER, {"stage": "distil", "length": 2048}],
     },
     "low_rank": {
         "method": "low_rank", "layers": "100%",

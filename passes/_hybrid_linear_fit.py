@@ -26,7 +26,8 @@ class _Sample:
 
     q: [H, n, D]. k, v: [H, S, D]. far: [n, S]. near_y, near_total: [H, n, Dv] and [H, n], the
     exact part relative to e^top. far_logits: [H, n, S] relative to top; -inf: not far.
-    level: [H, n], log of what far weights are relative to, over e^top. truth: [H, n, Dv].
+    far_mass: [H, n], their logsumexp. level: [H, n], log of what far weights are relative to,
+    over e^top. truth: [H, n, Dv].
     """
 
     q: Tensor
@@ -35,10 +36,15 @@ class _Sample:
     near_y: Tensor
     near_total: Tensor
     far_logits: Tensor
+    far_mass: Tensor
     level: Tensor
     v: Tensor
     truth: Tensor
     queries: Tensor
+
+
+#: What the features give a sample from far tokens: the values' sum [H, n, Dv], the mass [H, n].
+_Far = tuple[Tensor, Tensor]
 
 
 @torch.no_grad()
@@ -101,12 +107,19 @@ def fit_gates(
         return maps, {"error_on": "nothing: every sequence fits into the window"}
     held = samples[3::4] or samples
     fitted = [s for i, s in enumerate(samples) if i % 4 != 3] if len(samples) >= 4 else samples
-    candidates = [_fit_constant(maps, fitted)]
+    starts = [maps]
     if with_gates:
-        keyed = _fit_key_gate(maps, fitted)
-        plain = _fit_query_gate(maps, fitted)
-        candidates += [plain, _fit_constant(keyed, fitted), _fit_query_gate(keyed, fitted)]
-    errors = torch.stack([_errors(m, held) for m in candidates])  # [candidates, gates, H]
+        starts.append(keyed := _fit_key_gate(maps, fitted))
+    candidates: list[Maps] = []
+    rows: list[Tensor] = []
+    for start in starts:
+        far = {id(s): _far(start, s) for s in samples}  # the same for all that differ in q alone
+        made = [_fit_constant(start, fitted, far)]
+        if with_gates:
+            made.append(_fit_query_gate(start, fitted, far))
+        candidates += made
+        rows += [_errors(m, held, far) for m in made]
+    errors = torch.stack(rows)  # [candidates, gates, H]
     if with_gates:  # key gates are shared by the heads of a group, so the group decides
         least = errors.amin(1).unflatten(-1, (maps.groups, -1))
         keyed_group = least[2:].amin(0).sum(-1) <= least[:2].amin(0).sum(-1)
@@ -140,7 +153,7 @@ def _sample(
 ) -> _Sample | None:
     """`number` queries of a sequence that have far tokens, spread evenly."""
     w, sinks, length = options.window, options.sinks, query.shape[2]
-    first = 2 * w if options.window_kind == "block" else w + sinks
+    first = (sinks // w + 2) * w if options.window_kind == "block" else w + sinks
     if first >= length:
         return None
     i = torch.linspace(first, length - 1, min(number, length - first)).long().to(query.device)
@@ -168,16 +181,26 @@ def _sample(
     if options.far_cap:
         level = level + (options.far_cap / far.sum(-1).float()).clamp_max(1).log()
     return _Sample(
-        q, keys[None], far, weights @ v, weights.sum(-1), far_logits, level - top[..., 0],
-        v, truth, query[:, :, i].float(),
+        q, keys[None], far, weights @ v, weights.sum(-1), far_logits, far_logits.logsumexp(-1),
+        level - top[..., 0], v, truth, query[:, :, i].float(),
     )  # fmt: skip
 
 
-def _kernel(maps: Maps, s: _Sample) -> tuple[Tensor, Tensor]:
-    """φ_q·φ_k over far tokens [H, n, S], and the log of what multiplies it [H, n]."""
-    fq, fk, gate = map_tensors(s.queries, s.keys, maps)
+def _kernel(maps: Maps, s: _Sample) -> Tensor:
+    """φ_q·φ_k over far tokens, [H, n, S]."""
+    fq, fk, _ = map_tensors(s.queries, s.keys, maps)
     fk = fk.repeat_interleave(maps.heads // maps.groups, 1)
-    return (fq[0] @ fk[0].mT) * s.far, gate[0] + s.level
+    return (fq[0] @ fk[0].mT) * s.far
+
+
+def _log_factor(maps: Maps, s: _Sample) -> Tensor:
+    """Log of what multiplies a query's φ_q·φ_k, [H, n]."""
+    return map_tensors(s.queries, s.keys[:, :, :1], maps)[2][0] + s.level
+
+
+def _far(maps: Maps, s: _Sample) -> _Far:
+    a = _kernel(maps, s)
+    return a @ s.v, a.sum(-1)
 
 
 def _ridge(pairs: Iterator[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -202,8 +225,8 @@ def _ridge(pairs: Iterator[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tens
 def _fit_key_gate(maps: Maps, samples: list[_Sample]) -> Maps:
     def pairs() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         for s in samples:
-            a, _ = _kernel(maps, s)
-            log_mass = s.far_logits.logsumexp(-1, keepdim=True)
+            a = _kernel(maps, s)
+            log_mass = s.far_mass[..., None]
             importance = torch.sigmoid(log_mass - s.near_total.log()[..., None])
             true = ((s.far_logits - log_mass).exp() * importance).sum(1)
             ours = (a / a.sum(-1, keepdim=True).clamp_min(1e-20) * importance).sum(1)
@@ -217,33 +240,34 @@ def _fit_key_gate(maps: Maps, samples: list[_Sample]) -> Maps:
     return maps.with_({"key_gate.weight": weight, "key_gate.bias": bias})
 
 
-def _missing(maps: Maps, samples: list[_Sample]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _missing(
+    maps: Maps, samples: list[_Sample], far: dict[int, _Far]
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Queries, log of true over present far mass, and how much a query's output depends on it."""
     for s in samples:
-        a, log_factor = _kernel(maps, s)
-        log_mass = s.far_logits.logsumexp(-1)
-        y = log_mass - log_factor - a.sum(-1).clamp_min(1e-20).log()
-        share = torch.sigmoid(log_mass - s.near_total.log())
+        _, far_total = far[id(s)]
+        y = s.far_mass - _log_factor(maps, s) - far_total.clamp_min(1e-20).log()
+        share = torch.sigmoid(s.far_mass - s.near_total.log())
         yield s.q, y, share * (1 - share) + 1e-3
 
 
-def _fit_query_gate(maps: Maps, samples: list[_Sample]) -> Maps:
-    weight, bias = _ridge(_missing(maps, samples))
+def _fit_query_gate(maps: Maps, samples: list[_Sample], far: dict[int, _Far]) -> Maps:
+    weight, bias = _ridge(_missing(maps, samples, far))
     return maps.with_({"query_gate": weight, "gate": maps.tensors["gate"] + bias})
 
 
-def _fit_constant(maps: Maps, samples: list[_Sample]) -> Maps:
-    terms = [((y * w).sum(-1), w.sum(-1)) for _, y, w in _missing(maps, samples)]
+def _fit_constant(maps: Maps, samples: list[_Sample], far: dict[int, _Far]) -> Maps:
+    terms = [((y * w).sum(-1), w.sum(-1)) for _, y, w in _missing(maps, samples, far)]
     shift = sum(y for y, _ in terms) / sum(w for _, w in terms)
     return maps.with_({"gate": maps.tensors["gate"] + shift})
 
 
-def _errors(maps: Maps, samples: list[_Sample]) -> Tensor:
+def _errors(maps: Maps, samples: list[_Sample], far: dict[int, _Far]) -> Tensor:
     """Squared error of every head's output for every change of its gate, [GATES, H]."""
     total = torch.zeros(len(GATES), maps.heads, device=samples[0].q.device)
     for s in samples:
-        a, log_factor = _kernel(maps, s)
-        far_y, far_total = a @ s.v, a.sum(-1)
+        far_y, far_total = far[id(s)]
+        log_factor = _log_factor(maps, s)
         for number, gate in enumerate(GATES.tolist()):
             f = (log_factor + gate).clamp(max=60).exp()
             y = (s.near_y + f[..., None] * far_y) / (s.near_total + f * far_total)[..., None]

@@ -29,7 +29,6 @@ from rewriter.passes._region import Caller, Region
 from rewriter.protocol import Calibration, Contract, Made, NearMiss, Pass, PassConfig, Site
 
 HYBRID = torch.ops.rewriter.hybrid_attention.default
-FLOATS = 2**28  # values of the original that `prepare` holds at once
 ARGUMENTS = ("query", "key", "value", "mask")
 
 
@@ -146,23 +145,24 @@ class HybridLinear(Pass):
                 "give calibration data, or set `gate_init: 10` and `feature_map: hedgehog_split` "
                 "for a start that needs training",
             )
-        for group in _groups(sites, FLOATS // max(1, calibration.tokens if calibration else 1)):
-            nodes = [argument(s.node, n) for s in group for n in ARGUMENTS[:3]]
-            values = calibration.sequences(nodes) if self.needs_calibration and calibration else []
-            for site in group:
-                given = {n: argument(site.node, n) for n in ARGUMENTS}
-                seen = [tuple(v[given[n]] for n in ARGUMENTS[:3]) for v in values]
-                reads = {n: node.name for n, node in given.items() if node is not None}
-                maps: Maps | None = None
-                facts: dict[str, Any] = {}
-                if self.config.variant == "liger":
-                    region = liger.region_of(_attention(graph, site))
-                    self._regions[site.name] = region
-                    reads |= liger.reads(region)
-                else:
-                    maps, facts = self._start(site, seen)
-                scale = argument(site.node, "scale")
-                self._promised[site.name] = _Promise(maps, reads, scale, facts)
+        groups = [[argument(s.node, n) for n in ARGUMENTS[:3]] for s in sites]
+        seen: Iterator[list[dict[Node, Tensor]]] = ([] for _ in sites)
+        if self.needs_calibration and calibration is not None:
+            seen = calibration.sequences(groups)
+        for site, values in zip(sites, seen, strict=True):
+            given = {n: argument(site.node, n) for n in ARGUMENTS}
+            reads = {n: node.name for n, node in given.items() if node is not None}
+            maps: Maps | None = None
+            facts: dict[str, Any] = {}
+            if self.config.variant == "liger":
+                region = liger.region_of(_attention(graph, site))
+                self._regions[site.name] = region
+                reads |= liger.reads(region)
+            else:
+                rows = [tuple(v[given[n]] for n in ARGUMENTS[:3]) for v in values]
+                maps, facts = self._start(site, rows)
+            scale = argument(site.node, "scale")
+            self._promised[site.name] = _Promise(maps, reads, scale, facts)
 
     def _start(self, site: Site, seen: list[Any]) -> tuple[Maps, dict[str, Any]]:
         c, node = self.config, site.node
@@ -332,19 +332,3 @@ def _initial(
         if c.feature_map == "t2r":
             made |= {"query_map.bias": zeros(heads, rows), "key_map.bias": zeros(groups, rows)}
     return tensors | {n: t.to(like).clone() for n, t in made.items()}
-
-
-def _groups(sites: list[Site], floats: int) -> Iterator[list[Site]]:
-    """Sites together while one token's values of them stay below `floats`."""
-    group: list[Site] = []
-    size = 0
-    for s in sites:
-        shapes = [argument(s.node, n).meta["val"].shape for n in ARGUMENTS[:3]]
-        need = sum(int(h) * int(d) for _, h, _, d in shapes)
-        if group and size + need > floats:
-            yield group
-            group, size = [], 0
-        group.append(s)
-        size += need
-    if group:
-        yield group

@@ -154,7 +154,7 @@ class LowRank(Pass):
     ) -> None:
         """Factor every site that is not dense again, on the inputs of the low-rank model."""
         inputs = [n for n in graph.nodes if n.op == "placeholder"]
-        batches = [[one[n] for n in inputs] for one in calibration.sequences(inputs)]
+        batches = [[one[n] for n in inputs] for one in next(calibration.sequences([inputs]))]
         roots: list[tuple[Tensor, Tensor]] = []  # of the current Gram
 
         def root_of(gram: Tensor) -> Tensor:

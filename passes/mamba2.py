@@ -27,8 +27,6 @@ from rewriter.passes._mamba2_mixer import (
 from rewriter.passes._region import Caller, Region, find_region
 from rewriter.protocol import Calibration, Contract, Made, NearMiss, Pass, PassConfig, Site
 
-FLOATS = 2**28  # values of the original that `prepare` holds at once
-
 
 class Config(PassConfig):
     """Options of `mamba2`.
@@ -120,13 +118,11 @@ class Mamba2(Pass):
                 "mamba2 fits its output projection on text, and there is none",
                 "give calibration data, or set `fit: none` for a start that needs training",
             )
-        regions = {s.name: _find(graph, s) for s in sites}
-        for group in _groups(regions, FLOATS // max(1, calibration.tokens)):
-            values = calibration.sequences([n for r in group for n in (r.hidden, r.output)])
-            for r in group:
-                pairs = [(v[r.hidden], v[r.output]) for v in values]
-                mixer = self._mixer(graph, r)
-                self._keep(r, *fit(mixer, pairs, self.config.ridge))
+        regions = [_find(graph, s) for s in sites]
+        seen = calibration.sequences([[r.hidden, r.output] for r in regions])
+        for r, values in zip(regions, seen, strict=True):
+            pairs = [(v[r.hidden], v[r.output]) for v in values]
+            self._keep(r, *fit(self._mixer(graph, r), pairs, self.config.ridge))
 
     def _keep(self, region: Region, mixer: Mixer, facts: dict[str, Any]) -> None:
         a = region.attention
@@ -206,21 +202,6 @@ class Mamba2(Pass):
         layer = a.layer if a.layer is not None else a.index
         generator = torch.Generator().manual_seed(self.config.seed + layer)
         return initial_mixer(graph, region, self.config, generator)
-
-
-def _groups(regions: dict[str, Region], floats: int) -> Iterator[list[Region]]:
-    """Regions together while one token's values of them stay below `floats`."""
-    group: list[Region] = []
-    size = 0
-    for r in regions.values():
-        need = r.inputs + r.outputs
-        if group and size + need > floats:
-            yield group
-            group, size = [], 0
-        group.append(r)
-        size += need
-    if group:
-        yield group
 
 
 def _find(graph: Graph, site: Site) -> Region:

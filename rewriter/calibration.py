@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +76,24 @@ def spread(items: list[Any], count: int) -> list[Any]:
     return [items[i * len(items) // count] for i in range(count)]
 
 
+@dataclass
+class _Waiting:
+    """A sequence on its way through the graph, stopped where its last wanted value was made."""
+
+    steps: Iterator[tuple[Node, Any, dict[Node, Any]]]
+    uses: Counter[str]  # by name of a node: how often its value will still be taken
+    kept: dict[str, Any] = field(default_factory=dict)
+
+    def take(self, name: str) -> Any:
+        with torch.no_grad():
+            while name not in self.kept:
+                node, value, _ = next(self.steps)
+                if self.uses[node.name]:
+                    self.kept[node.name] = value
+        self.uses[name] -= 1
+        return self.kept[name] if self.uses[name] else self.kept.pop(name)
+
+
 class Activations(Calibration):
     """Runs the original graph (or, for nodes a pass has made, the graph as it now is)."""
 
@@ -113,8 +133,19 @@ class Activations(Calibration):
         self._each(nodes, "activations", lambda n, v: rows[n].append(v.flatten(0, 1)))
         return {n: torch.cat(v) for n, v in rows.items()}
 
-    def sequences(self, nodes: list[Node]) -> list[dict[Node, Tensor]]:
-        return [dict(one) for one in self._values(nodes, "activations")]
+    def sequences(self, groups: list[list[Node]]) -> Iterator[list[dict[Node, Tensor]]]:
+        module, wanted = self._module([n for group in groups for n in group])
+        names = {n: name for name, n in wanted.items()}
+        uses = Counter(names[n] for group in groups for n in group)
+        waiting = [_Waiting(walk(module, batch), Counter(uses)) for batch in self.batches]
+        total = len(groups) * len(waiting)
+        with tqdm(total=total, desc="activations", leave=False, disable=None) as bar:
+            for group in groups:
+                values = []
+                for one in waiting:
+                    values.append({n: one.take(names[n]) for n in group})
+                    bar.update()
+                yield values
 
     def grams(self, nodes: list[Node]) -> dict[Node, Tensor]:
         total: dict[Node, Tensor] = {}

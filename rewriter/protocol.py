@@ -99,8 +99,12 @@ class Calibration(ABC):
         """Values of `nodes` on the calibration text: [tokens, …] with padding removed."""
 
     @abstractmethod
-    def sequences(self, nodes: list[Node]) -> list[dict[Node, Tensor]]:
-        """Values of `nodes` for every calibration sequence, unpadded: [1, length, …]."""
+    def sequences(self, groups: list[list[Node]]) -> Iterator[list[dict[Node, Tensor]]]:
+        """Group by group, its nodes' values for every calibration sequence, unpadded.
+
+        The text runs once, and only one group's values are held where the groups are in the
+        graph's order. A value is [1, length, …].
+        """
 
     @abstractmethod
     def grams(self, nodes: list[Node]) -> dict[Node, Tensor]:

@@ -106,12 +106,12 @@ from rewriter.cli import run
 code = run(["serve", *sys.argv[1:]])
 print("ended", code, sorted({{"torch", "transformers", "onnx"}} & set(sys.modules)), flush=True)
 """
-#: A model of which each turn takes 20 ms.
+#: A model of which each token takes 20 ms.
 SLOW = """
 import time
 from rewriter.serve import engine
-turn = engine.Job.turn
-engine.Job.turn = lambda *a: (time.sleep(0.02), turn(*a))[1]
+take = engine.Job.take
+engine.Job.take = lambda *a: (time.sleep(0.02), take(*a))[1]
 """
 
 

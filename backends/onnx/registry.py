@@ -31,7 +31,9 @@ class StateTensor:
     input, output: names. shape: without the batch, which comes first; 0 where it grows.
     grows: the dimension (batch counted) that is the number of past tokens, or None.
     dtype: numpy's name. shared: whether the operator extends or overwrites the past in place, if
-    one buffer is bound to both and has room. A sequence starts with zeros.
+    one buffer is bound to both and has room. aligned: whether where it keeps a token depends on
+    the padding before it, so that rows of different sequences cannot be put into one batch. A
+    sequence starts with zeros.
     """
 
     input: str
@@ -40,6 +42,7 @@ class StateTensor:
     grows: int | None
     dtype: str
     shared: bool = False
+    aligned: bool = False
 
     def start(self, batch: int) -> Tensor:
         return torch.zeros((batch, *self.shape), dtype=getattr(torch, self.dtype))
@@ -127,6 +130,11 @@ class Context:
         """The operator extends this state, or writes the next one over it, in place."""
         name = str(past.target)
         self.states[name] = replace(self.states[name], shared=True)
+
+    def align(self, past: Node) -> None:
+        """Where the operator keeps a token in this state depends on the padding before it."""
+        name = str(past.target)
+        self.states[name] = replace(self.states[name], aligned=True)
 
 
 Lowering = Callable[[Node, Context], None]

@@ -1,7 +1,9 @@
-"""The model in one thread: every answer has states of its own, and they take turns.
+"""The model in one thread: prompts take turns in chunks, answers are written together.
 
-A turn is one chunk of a prompt or one new token, so that a long prompt holds nobody up and
-all answers go on at the same pace. Results are those of an answer that runs alone.
+A round is one chunk of one prompt, and then one token of every answer that is being written: those
+with caches of about one size are rows of one batch, which reads the weights once for all. So a
+long prompt holds nobody up, and all answers go on at the same pace. Models whose states cannot be
+put together are run answer by answer.
 """
 
 from __future__ import annotations
@@ -14,11 +16,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from rewriter.runtime import OnnxModel, Sampler
+from rewriter.runtime import Batch, OnnxModel, Sampler
 from rewriter.serve.text import Writer
 
-#: Columns that an answer's caches have room for at first, beyond the prompt; they grow.
-ROOM = 512
+#: Columns of the smallest batch; the others have twice as many each.
+COLUMNS = 256
 
 
 class QueueFull(Exception):
@@ -31,7 +33,7 @@ class Stopping(Exception):
 
 @dataclass
 class Piece:
-    """What a turn made: text (it may be '') and tokens, and how the answer ended, if it did.
+    """What a round made: text (it may be '') and tokens, and how the answer ended, if it did.
 
     finish: "stop" (the model's end of text, or a stop string), "length", "error" or "gone".
     """
@@ -66,22 +68,21 @@ class Job:
         return len(self.prompt) + self.max_tokens
 
     def cancel(self) -> None:
-        """Nobody waits for it any more; it leaves at its next turn."""
+        """Nobody waits for it any more; it leaves in the next round."""
         self.cancelled = True
 
-    def turn(self, model: OnnxModel, chunk: int) -> Piece | None:
-        """Run the model once; None while there is prompt left."""
+    def prefill(self, model: OnnxModel, chunk: int) -> Piece | None:
+        """Read a chunk of the prompt; the first token after the last one, None before."""
         if self.sequence is None:
-            self.sequence = model.start(1, len(self.prompt) + min(self.max_tokens, ROOM))
-        if self.read < len(self.prompt):
-            tokens = self.prompt[self.read : self.read + chunk]
-            self.read += len(tokens)
-        else:
-            tokens = self.made[-1:]
+            self.sequence = model.start(1, len(self.prompt))
+        tokens = self.prompt[self.read : self.read + chunk]
+        self.read += len(tokens)
         logits = self.sequence([tokens])
-        if self.read < len(self.prompt):
-            return None
-        token = int(self.sampler(logits[:, -1])[0])
+        return self.take(logits[:, -1]) if self.read == len(self.prompt) else None
+
+    def take(self, logits: Any) -> Piece:
+        """The next token, of logits [1, V]."""
+        token = int(self.sampler(logits)[0])
         self.made.append(token)
         ended = token in self.ends
         text = "" if ended else self.writer.push(token)
@@ -91,14 +92,31 @@ class Job:
         return Piece(text + (self.writer.finish() if finish else ""), [token], finish)
 
 
+class _Alone:
+    """A batch of one answer, for models whose rows cannot be put together."""
+
+    def __init__(self) -> None:
+        self.sequence: Any = None
+
+    def join(self, sequence: Any) -> None:
+        self.sequence = sequence
+
+    def leave(self, row: int) -> None:
+        self.sequence = None
+
+    def __call__(self, tokens: list[int]) -> Any:
+        return self.sequence([tokens])[:, -1]
+
+
 class Engine:
     """Runs jobs until `stop`.
 
     Args:
         model: of the runtime.
-        concurrency: answers that take turns at most. queue: answers that may wait for a place.
-        held: tokens of all running answers at most, which bounds the memory of their caches.
-        chunk: tokens of a prompt in one turn.
+        concurrency: answers that are written at the same time. queue: answers that may wait.
+        held: tokens of all running answers at most, which bounds the memory of their caches (an
+            answer counts as the columns of its batch; buffers are up to twice as large).
+        chunk: tokens of a prompt in one round.
     """
 
     def __init__(
@@ -106,9 +124,12 @@ class Engine:
     ) -> None:
         self.model, self.concurrency, self.queue = model, concurrency, queue
         self.held, self.chunk = held, chunk
+        self.together = Batch.refuses(model) is None
         self.waiting: deque[Job] = deque()
-        self.turns: deque[Job] = deque()
-        self.running: list[Job] = []
+        self.reading: deque[Job] = deque()  # their prompts
+        self.running: list[Job] = []  # admitted: reading or writing
+        #: Answers being written, in the order of their batch's rows, by columns (or by answer).
+        self.writing: dict[int, tuple[Batch | _Alone, list[Job]]] = {}
         self.stopping = False
         self.changed = threading.Condition()
         self.thread = threading.Thread(target=self._work, name="model", daemon=True)
@@ -134,42 +155,121 @@ class Engine:
             self.changed.notify()
         self.thread.join()
 
+    def columns(self, job: Job) -> int:
+        """Tokens that its row has room for."""
+        if not self.together:
+            return job.size
+        columns = COLUMNS
+        while columns < job.size:
+            columns *= 2
+        return max(job.size, min(columns, self.held))
+
     def _admit(self) -> None:
-        held = sum(job.size for job in self.running)
+        held = sum(self.columns(job) for job in self.running)
         while self.waiting and len(self.running) < self.concurrency:
-            held += self.waiting[0].size
+            held += self.columns(self.waiting[0])
             if held > self.held and self.running:
                 return
             job = self.waiting.popleft()
             self.running.append(job)
-            self.turns.append(job)
+            self.reading.append(job)
 
-    def _next(self) -> Job | None:
+    def _wait(self) -> bool:
+        """Until there is something to do; False when there will be nothing any more."""
         with self.changed:
-            while not self.turns:
+            while True:
                 self._admit()
-                if not self.turns:
-                    if self.stopping:
-                        return None
-                    self.changed.wait()
-            return self.turns.popleft()
+                if self.running:
+                    return True
+                if self.stopping:
+                    return False
+                self.changed.wait()
 
     def _work(self) -> None:
-        while (job := self._next()) is not None:
-            piece = Piece(finish="gone") if job.cancelled else self._turn(job)
+        while self._wait():
             with self.changed:
-                if piece is None or piece.finish is None:
-                    self.turns.append(job)
-                else:
-                    job.sequence = None
-                    self.running.remove(job)
-                    self._admit()
-            if piece is not None:
-                job.tell(piece)
+                job = self.reading.popleft() if self.reading else None
+            if job is not None:
+                self._read(job)
+            for key in list(self.writing):
+                self._write(key)
 
-    def _turn(self, job: Job) -> Piece | None:
+    def _read(self, job: Job) -> None:
         try:
-            return job.turn(self.model, self.chunk)
+            piece = None if job.cancelled else job.prefill(self.model, self.chunk)
+            if job.cancelled:
+                piece = Piece(finish="gone")
+            elif piece is not None and piece.finish is None:
+                self._join(job)
         except Exception:  # one answer's trouble is not the others'
-            print(traceback.format_exc(), file=sys.stderr, end="", flush=True)
-            return Piece(finish="error")
+            piece = _failed()
+        if piece is None:
+            with self.changed:
+                self.reading.append(job)
+        else:
+            self._tell(job, piece)
+
+    def _join(self, job: Job) -> None:
+        columns = self.columns(job)
+        key = columns if self.together else id(job)
+        if key not in self.writing:
+            self.writing[key] = (Batch(self.model, columns) if self.together else _Alone(), [])
+        batch, jobs = self.writing[key]
+        batch.join(job.sequence)
+        jobs.append(job)
+        if self.together:
+            job.sequence = None
+
+    def _write(self, key: int) -> None:
+        """One token of every answer of a batch, after those that nobody waits for have left."""
+        batch, jobs = self.writing[key]
+        for row in reversed(range(len(jobs))):
+            if jobs[row].cancelled:
+                self._tell(self._leave(key, row), Piece(finish="gone"))
+        if not jobs:
+            return
+        try:
+            logits = batch([job.made[-1] for job in jobs])
+        except Exception:
+            failed = _failed()
+            del self.writing[key]
+            for job in jobs:
+                self._tell(job, failed)
+            return
+        ended = []
+        for row, job in enumerate(jobs):
+            try:
+                piece = job.take(logits[row : row + 1])
+            except Exception:
+                piece = _failed()
+            if piece.finish is not None:
+                ended.append((row, piece))
+            else:
+                job.tell(piece)
+        for row, piece in reversed(ended):
+            self._tell(self._leave(key, row), piece)
+
+    def _leave(self, key: int, row: int) -> Job:
+        """Take an answer out of its batch, and forget a batch without answers."""
+        batch, jobs = self.writing[key]
+        batch.leave(row)
+        job, last = jobs[row], jobs.pop()
+        if job is not last:
+            jobs[row] = last
+        if not jobs:
+            del self.writing[key]
+        return job
+
+    def _tell(self, job: Job, piece: Piece) -> None:
+        """A piece, and if it is the last one make room for another answer."""
+        if piece.finish is not None:
+            job.sequence = None
+            with self.changed:
+                self.running.remove(job)
+                self._admit()
+        job.tell(piece)
+
+
+def _failed() -> Piece:
+    print(traceback.format_exc(), file=sys.stderr, end="", flush=True)
+    return Piece(finish="error")

@@ -89,6 +89,7 @@ def state(kind: str, index: int, shape: list[int], grows: int | None = None, sha
         "grows": grows,
         "dtype": "float32",
         "shared": shared,
+        "aligned": False,
     }
 
 

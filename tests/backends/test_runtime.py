@@ -15,7 +15,7 @@ from rewriter.errors import RewriterError
 pytest.importorskip("onnxruntime")
 
 from rewriter.backends.onnx import export_onnx  # noqa: E402
-from rewriter.runtime import OnnxModel, Sampler  # noqa: E402
+from rewriter.runtime import Batch, OnnxModel, Sampler  # noqa: E402
 
 WINDOW = {"pass": "sliding_window", "window": 8, "policy": "warn"}
 PLANS = {
@@ -23,6 +23,7 @@ PLANS = {
     "window": [WINDOW | {"sinks": 0}],
     "sinks": [WINDOW | {"sinks": 3}],
     "mamba2": [{"pass": "mamba2", "layers": [1]}],
+    "hybrid": [{"pass": "hybrid_linear", "window": 4, "policy": "warn"}],
     "standard": [],
 }
 PROMPTS = torch.tensor([[0, 0, 0, 7, 8], [0, 31, 2, 77, 5], [3, 9, 101, 4, 150]])
@@ -86,6 +87,57 @@ def test_a_cache_that_outgrows_its_room_goes_on(pair) -> None:
         got = torch.from_numpy(sequence(tokens[:, at : at + 25]))[:, -1]
         reference = want[:, at + 24]
         assert (got - reference).abs().max() <= 1e-4 * reference.abs().max()
+
+
+def test_rows_that_come_and_go_get_what_they_get_alone(pair) -> None:
+    """Prompts shorter and longer than the window join while others are being decoded."""
+    _, onnx = pair
+    if reason := Batch.refuses(onnx):
+        states = onnx.about["states"]
+        assert any(s["aligned"] or not s["shared"] for s in states), reason
+        with pytest.raises(RewriterError, match="padding"):
+            Batch(onnx, 64)
+        return
+    random = np.random.default_rng(0)
+    batch, alone = Batch(onnx, 64), []
+
+    def join(length: int) -> None:
+        prompt = random.integers(1, 200, (1, length))
+        mine, copied = onnx.start(1, 64), onnx.start(1, length)
+        mine(prompt), copied(prompt)
+        batch.join(copied)
+        alone.append(mine)
+
+    def step(times: int) -> None:
+        for _ in range(times):
+            new = random.integers(1, 200, len(alone))
+            made = batch(new)
+            want = np.concatenate(
+                [s(t[None, None])[:, -1] for s, t in zip(alone, new, strict=True)]
+            )
+            assert np.abs(made - want).max() <= 1e-5 * np.abs(want).max()
+
+    def leave(row: int) -> None:
+        batch.leave(row)
+        alone[row] = alone[-1]
+        alone.pop()
+
+    for length in (3, 21, 9):
+        join(length)
+        step(4)
+    leave(0)
+    step(12)
+    leave(1)
+    join(1)
+    step(10)
+    for _ in range(7):
+        join(5)
+    step(3)
+    while len(alone) > 1:
+        leave(0)
+    step(2)
+    with pytest.raises(RewriterError, match="of at most 64"):
+        batch([1, 2])
 
 
 def test_sampling() -> None:

@@ -221,6 +221,13 @@ def test_the_start_is_no_worse_than_the_window(options: dict[str, Any]) -> None:
         assert facts["error_start"] <= 1.001 * facts["error_window"]
 
 
+@pytest.mark.parametrize("kind", ["block", "sliding"])
+def test_a_window_of_sinks_alone_starts_from_numbers(kind: str) -> None:
+    """With as many sinks as the window is long, the first blocks have nothing far to fit."""
+    facts = start({"feature_dim": 12, "window": 4, "sinks": 4, "window_kind": kind})
+    assert facts["error_start"] <= 1.001 * facts["error_window"]
+
+
 def test_centroids_find_what_the_window_misses() -> None:
     facts = start({"feature_dim": 16})
     assert facts["error_start"] < 0.1 * facts["error_window"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from pydantic import ValidationError
@@ -200,10 +202,11 @@ class Fake(Calibration):
             Keep(self.graph.module).run(*self.arguments)
         return {n: v.reshape(-1, v.shape[-1]) for n, v in values.items()}
 
-    def sequences(self, nodes: list[Node]) -> list[dict[Node, Tensor]]:
-        assert [n.op for n in nodes] == ["placeholder"] * len(nodes)
-        rows = zip(*(a.split(1) for a in self.arguments), strict=True)
-        return [dict(zip(nodes, row, strict=True)) for row in rows]
+    def sequences(self, groups: list[list[Node]]) -> Iterator[list[dict[Node, Tensor]]]:
+        for nodes in groups:
+            assert [n.op for n in nodes] == ["placeholder"] * len(nodes)
+            rows = zip(*(a.split(1) for a in self.arguments), strict=True)
+            yield [dict(zip(nodes, row, strict=True)) for row in rows]
 
     def grams(self, nodes: list[Node]) -> dict[Node, Tensor]:
         self.asked.append(len(nodes))

@@ -111,13 +111,14 @@ class Text(Calibration):
         self.data = [inputs(40 + i, 1, seed=i) for i in range(count)]
         self.tokens = sum(x.shape[1] for x, _ in self.data)
 
-    def sequences(self, nodes):
+    def sequences(self, groups):
+        nodes = [n for group in groups for n in group]
         found = []
         for x, mask in self.data:
             run = Interpreter(self.graph.module, garbage_collect_values=False)
             run.run(x, mask)
             found.append({n: run.env[n].detach() for n in nodes})
-        return found
+        return ([{n: one[n] for n in group} for one in found] for group in groups)
 
     inputs = grams = output_grams = None
 

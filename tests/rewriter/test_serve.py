@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import queue
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -10,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from serving import SLOW, Server, Tiny, server, tiny
 
 from rewriter.cli import run
+from rewriter.runtime import Batch, OnnxModel, Sampler
+from rewriter.serve.engine import Engine, Job
 from rewriter.serve.text import Text, Writer
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -49,7 +53,7 @@ def ask(**options: Any) -> dict[str, Any]:
 
 
 def test_tokens_are_those_of_the_torch_model(model: Tiny, served: Server) -> None:
-    """Chats of several lengths, all at the same time, in turns; streamed and not; longer than a
+    """Chats of several lengths, all at the same time; streamed and not; longer than a
     chunk of the prompt too."""
     words = "The quick brown fox jumps over the lazy dog again and again ".split()
     chats = [[{"role": "user", "content": " ".join(words[:n])}] for n in range(1, 10)]
@@ -81,6 +85,52 @@ def test_tokens_are_those_of_the_torch_model(model: Tiny, served: Server) -> Non
             assert "".join(d["delta"].get("content", "") for d in deltas) == text
             assert deltas[-1]["finish_reason"] == choice["finish_reason"]
             assert events[-1]["choices"] == [] and events[-1]["usage"] == answer["usage"]
+
+
+@pytest.mark.parametrize("together", [True, False], ids=["one_batch", "one_by_one"])
+def test_answers_are_written_together(
+    model: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, together: bool
+) -> None:
+    """Prompts and answers of many lengths, two that are given up, and one that fails. A window
+    with sinks keeps tokens by columns of padding: its answers are run one by one."""
+    if not together:
+        window = {"pass": "sliding_window", "window": 8, "sinks": 2, "policy": "warn"}
+        model = tiny(tmp_path, [window])
+    runtime = OnnxModel(model.folder, threads=1)
+    text, calls = Text(model.folder), []
+    step = Batch.__call__
+    monkeypatch.setattr(Batch, "__call__", lambda b, t: (calls.append(len(t)), step(b, t))[1])
+    random = torch.Generator().manual_seed(0)
+    asked = [(3, 40), (70, 12), (9, 25), (40, 30), (2, 1), (30, 60), (5, 60), (6, 60), (7, 60)]
+    jobs, told = [], []
+    for length, count in asked:
+        prompt = torch.randint(5, 320, (length,), generator=random).tolist()
+        pieces: Any = queue.Queue()
+        writer = Writer(text, [])
+        job = Job(prompt, count, Sampler(), writer, frozenset([2]), pieces.put)
+        jobs.append(job)
+        told.append(pieces)
+    jobs[6].sampler = jobs[7].sampler = lambda logits: (time.sleep(0.005), Sampler()(logits))[1]
+    jobs[8].sampler = lambda logits: Sampler()(logits) if len(jobs[8].made) < 5 else 1 / 0
+    engine = Engine(runtime, 8, 8, 4096, 16)
+    assert engine.together == together
+    for job in jobs:
+        engine.submit(job)
+    told[6].get(timeout=60)  # it is being written
+    jobs[6].cancel(), jobs[7].cancel()
+    engine.stop()
+    for row, (job, pieces) in enumerate(zip(jobs, told, strict=True)):
+        got = [pieces.get_nowait() for _ in range(pieces.qsize())]
+        if row >= 6:
+            assert got[-1].finish == ("error" if row == 8 else "gone")
+            continue
+        want = model.greedy(job.prompt, job.max_tokens)
+        assert [t for piece in got for t in piece.tokens] == want
+        assert [piece.finish for piece in got if piece.finish] == [
+            "stop" if want[-1] == 2 else "length"
+        ]
+    assert not engine.running and not engine.writing
+    assert (max(calls, default=0) > 3) == together
 
 
 def test_completions_take_text_or_tokens(model: Tiny, served: Server) -> None:

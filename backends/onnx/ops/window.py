@@ -64,6 +64,7 @@ def lower_ring(update: Any, context: Context) -> None:
     replace_update(update, [])
     for past, new in zip(pasts, presents, strict=True):
         context.present(past, new)
+        context.align(past)  # a slot is a column's
 
 
 def ring_attention(
