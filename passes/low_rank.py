@@ -24,7 +24,7 @@ from rewriter.linear_algebra import (
     to_pivot,
     uniform_ranks,
 )
-from rewriter.passes._low_rank_sequential import corrected, refit
+from rewriter.passes._low_rank_sequential import Moments, corrected, refit
 from rewriter.protocol import Calibration, Contract, Made, NearMiss, Pass, PassConfig, Site
 
 aten = torch.ops.aten
@@ -65,8 +65,9 @@ class LowRank(Pass):
         how `keep` is spread over the sites. multiple: ranks under `keep` are multiples of it.
         sequential: after the ranks are chosen, fit each weight again, in the graph's order, to
         give the original's outputs from what the low-rank sites before it let through; closed
-        form, for two more passes over the calibration text. ridge: pull towards the original
-        weight in that fit, as a share of the mean square of an input.
+        form, for two more passes over the calibration text. residual: there, a linear whose
+        output is added to a residual stream also makes up for what that has lost. ridge: pull
+        towards the original weight in that fit, as a share of the mean square of an input.
         """
 
         keep: float | None = Field(None, gt=0, le=1)
@@ -76,6 +77,7 @@ class LowRank(Pass):
         allocation: Literal["loss_curve", "uniform"] = "loss_curve"
         multiple: int = Field(1, ge=1)
         sequential: bool = True
+        residual: bool = True
         ridge: float = Field(0.01, gt=0)
 
         @model_validator(mode="after")
@@ -162,13 +164,14 @@ class LowRank(Pass):
                 roots[:] = [(gram, root(gram))]
             return roots[0][1]
 
-        def solve(name: str, gram: Tensor, drift: Tensor) -> Tensor | None:
+        def solve(name: str, moments: Moments) -> Tensor | None:
             linear, rank = linears[name], ranks[name]
             if rank is None:
                 return None
             stored = graph.tensor(linear.weight)
             weight = _weight(graph, linear)
-            target = corrected(weight, gram, drift, self.config.ridge)
+            target = corrected(weight, moments, self.config.ridge)
+            gram = moments.gram
             fit = decompose(target, gram, metrics.pop(linear.node), partial(root_of, gram))
             made = self._form(fit, _shape(linear, stored), rank, stored.dtype)
             made.facts["drift"] = float((target - weight).norm() / weight.norm())
@@ -176,7 +179,7 @@ class LowRank(Pass):
             a, b = fit.factors(rank)
             return (a @ b).to(stored)
 
-        refit(graph.module, linears, batches, solve)
+        refit(graph.module, linears, batches, solve, self.config.residual)
 
     def _output_grams(
         self, linears: list[Linear], calibration: Calibration

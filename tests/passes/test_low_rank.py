@@ -13,7 +13,7 @@ from torch.fx import Interpreter, Node
 from rewriter.errors import PlanError
 from rewriter.graph import Graph
 from rewriter.linear_algebra import Choice, allocate, cost, decompose, to_pivot, uniform_ranks
-from rewriter.passes._low_rank_sequential import corrected
+from rewriter.passes._low_rank_sequential import Moments, corrected, stream
 from rewriter.passes.low_rank import LowRank
 from rewriter.protocol import Calibration, NearMiss, Site
 
@@ -399,13 +399,18 @@ def test_correction_is_least_squares_and_no_drift_is_no_change():
     weight, x = normal(12, 24, seed=3), rows(200, 24)
     drifted = x @ (torch.eye(24, dtype=x.dtype) + 0.1 * normal(24, 24, seed=4))
     drifted += 0.1 * normal(200, 24, seed=5)
-    gram = drifted.T @ drifted
-    made = corrected(weight, gram, (x - drifted).T @ drifted, 1e-12)
-    wanted = torch.linalg.lstsq(drifted, x @ weight.T).solution.T
-    assert (made - wanted).abs().max() <= 1e-8 * wanted.abs().max()
-    assert torch.equal(corrected(weight, gram, torch.zeros_like(gram), 0.01), weight)
-    lost = torch.zeros_like(gram)  # a site whose inputs have all become zero
-    assert not corrected(weight, lost, lost, 0.01).isnan().any()
+    gram, drift = drifted.T @ drifted, drifted.T @ (x - drifted)
+    missing = normal(200, 12, seed=6)  # of the stream that the output is added to
+    for lost in (None, missing):
+        moments = Moments(gram, drift, None if lost is None else drifted.T @ lost)
+        made = corrected(weight, moments, 1e-12)
+        target = x @ weight.T + (0 if lost is None else lost)
+        wanted = torch.linalg.lstsq(drifted, target).solution.T
+        assert (made - wanted).abs().max() <= 1e-8 * wanted.abs().max()
+    zeros = torch.zeros_like(gram)
+    assert torch.equal(corrected(weight, Moments(gram, zeros, zeros[:, :12]), 0.01), weight)
+    # A site whose inputs have all become zero.
+    assert not corrected(weight, Moments(zeros, zeros), 0.01).isnan().any()
 
 
 @pytest.mark.parametrize("weighting", ["activation", "two_sided"])
@@ -430,6 +435,31 @@ def test_sequential_makes_up_for_earlier_sites(weighting):
     assert sites["q", True].facts["drift"] <= 1e-6  # nothing before it has changed
     assert sites["down", True].facts["drift"] > 1e-2
     assert gaps[True] < 0.98 * gaps[False], gaps
+
+
+def test_what_the_stream_has_lost_is_made_up_for():
+    """`down` is added to a stream that `q` and `k` have changed; `q` is multiplied first."""
+    graph = small()
+    linears = {n.name: n for n in graph.linears}
+    assert stream(linears["q"]) is None and stream(linears["shared"]) is None
+    lost = stream(linears["down"])
+    assert lost is not None and lost.target is torch.ops.aten.add.Tensor
+    gaps = {}
+    for residual in (False, True):
+        graph = small()
+        node = next(n for n in graph.linears if n.name == "down").node
+        (view,) = node.users
+        (after,) = view.users
+        fake = Fake(graph, IDS)
+        exact = fake.inputs([after])[after].double()
+        rewriting = LowRank(rank=10, residual=residual, ridge=1e-6)
+        found = chosen(rewriting, graph)
+        rewriting.prepare(graph, found, fake)
+        for site in found:
+            graph.sweep(rewriting.rewrite(graph, site).dropped)
+        actual = fake.inputs([after])[after].double()
+        gaps[residual] = float((actual - exact).square().sum() / exact.square().sum())
+    assert gaps[True] < 0.95 * gaps[False], gaps
 
 
 def test_sequential_is_deterministic():
