@@ -1,6 +1,6 @@
 """The model in one thread: prompts take turns in chunks, answers are written together.
 
-A round is one chunk of one prompt, and then one token of every answer that is being written: those
+A round is a chunk of prompts, and then one token of every answer that is being written: those
 with caches of about one size are rows of one batch, which reads the weights once for all. So a
 long prompt holds nobody up, and all answers go on at the same pace. Models whose states cannot be
 put together are run answer by answer.
@@ -72,7 +72,7 @@ class Job:
         self.cancelled = True
 
     def prefill(self, model: OnnxModel, chunk: int) -> Piece | None:
-        """Read a chunk of the prompt; the first token after the last one, None before."""
+        """Read `chunk` tokens of the prompt; the first new one after the last of it, else None."""
         if self.sequence is None:
             self.sequence = model.start(1, len(self.prompt))
         tokens = self.prompt[self.read : self.read + chunk]
@@ -116,7 +116,7 @@ class Engine:
         concurrency: answers that are written at the same time. queue: answers that may wait.
         held: tokens of all running answers at most, which bounds the memory of their caches (an
             answer counts as the columns of its batch; buffers are up to twice as large).
-        chunk: tokens of a prompt in one round.
+        chunk: tokens of prompts in one round.
     """
 
     def __init__(
@@ -187,16 +187,25 @@ class Engine:
 
     def _work(self) -> None:
         while self._wait():
-            with self.changed:
-                job = self.reading.popleft() if self.reading else None
-            if job is not None:
-                self._read(job)
+            self._read()
             for key in list(self.writing):
                 self._write(key)
 
-    def _read(self, job: Job) -> None:
+    def _read(self) -> None:
+        """`chunk` tokens of prompts: of several short ones, or of the next of those in turn."""
+        room = self.chunk
+        while room > 0:
+            with self.changed:
+                if not self.reading:
+                    return
+                job = self.reading.popleft()
+            before = job.read
+            self._prefill(job, room)
+            room -= max(1, job.read - before)
+
+    def _prefill(self, job: Job, room: int) -> None:
         try:
-            piece = None if job.cancelled else job.prefill(self.model, self.chunk)
+            piece = None if job.cancelled else job.prefill(self.model, room)
             if job.cancelled:
                 piece = Piece(finish="gone")
             elif piece is not None and piece.finish is None:

@@ -83,7 +83,7 @@ def serve(
         concurrency: answers that are written at the same time. queue: answers that wait.
         length: tokens of prompt and answer at most; by default, and at most, what the model knows.
         held: tokens of all answers that are being written, which bounds their caches.
-        chunk: tokens of a prompt between two tokens of the answers.
+        chunk: tokens of prompts between two tokens of the answers.
         max_body: bytes of a request. grace: seconds to finish in, after SIGTERM.
 
     Raises RewriterError: not such a folder, or the address cannot be had.
