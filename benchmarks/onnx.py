@@ -53,6 +53,7 @@ PLANS: dict[str, list[dict[str, Any]]] = {
     "mamba2-100%": [MAMBA],
     "hybrid-50%": [HYBRID | {"layers": HYBRID_50}],
     "hybrid-100%": [HYBRID],
+    "hybrid-100%-window-256": [HYBRID | {"window": 256}],  # that of benchmarks/recovery.py
 }
 PEERS = ("openvino", "openvino:int8")
 #: Largest allowed ratio to onnxruntime-genai fp32, by row and length: (prefill, decode).
