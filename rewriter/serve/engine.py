@@ -230,26 +230,29 @@ class Engine:
             job.sequence = None
 
     def _write(self, key: int) -> None:
-        """One token of every answer of a batch, after those that nobody waits for have left."""
+        """One token of every answer of a batch; a batch that fails ends its answers alone."""
+        jobs = self.writing[key][1]
+        try:
+            self._step(key)
+        except Exception:
+            piece = _failed()
+            self.writing.pop(key, None)
+            for job in jobs:
+                self._tell(job, piece)
+
+    def _step(self, key: int) -> None:
         batch, jobs = self.writing[key]
         for row in reversed(range(len(jobs))):
             if jobs[row].cancelled:
                 self._tell(self._leave(key, row), Piece(finish="gone"))
         if not jobs:
             return
-        try:
-            logits = batch([job.made[-1] for job in jobs])
-        except Exception:
-            failed = _failed()
-            del self.writing[key]
-            for job in jobs:
-                self._tell(job, failed)
-            return
+        logits = batch([job.made[-1] for job in jobs])
         ended = []
         for row, job in enumerate(jobs):
             try:
                 piece = job.take(logits[row : row + 1])
-            except Exception:
+            except Exception:  # a sampler's or a writer's: the other rows go on
                 piece = _failed()
             if piece.finish is not None:
                 ended.append((row, piece))

@@ -133,6 +133,32 @@ def test_answers_are_written_together(
     assert (max(calls, default=0) > 3) == together
 
 
+def test_a_batch_that_fails_ends_its_answers_and_no_others(
+    model: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime, text = OnnxModel(model.folder, threads=1), Text(model.folder)
+    step = Batch.__call__
+
+    def broken(batch: Batch, tokens: Any) -> Any:
+        if batch.columns > 256 and max(batch.lengths) > 12:
+            raise MemoryError("no room")
+        return step(batch, tokens)
+
+    monkeypatch.setattr(Batch, "__call__", broken)
+    engine = Engine(runtime, 8, 8, 4096, 16)
+    told = []
+    for count in (20, 400, 25, 500):  # two of 256 columns, two of 512
+        pieces: Any = queue.Queue()
+        job = Job([5, 6, 7], count, Sampler(), Writer(text, []), frozenset(), pieces.put)
+        engine.submit(job)
+        told.append(pieces)
+    engine.stop()
+    got = [[pieces.get_nowait() for _ in range(pieces.qsize())] for pieces in told]
+    assert [pieces[-1].finish for pieces in got] == ["length", "error", "length", "error"]
+    assert sum(len(piece.tokens) for piece in got[0]) == 20
+    assert not engine.running and not engine.writing and not engine.thread.is_alive()
+
+
 def test_completions_take_text_or_tokens(model: Tiny, served: Server) -> None:
     text = "Once upon a time " * 8
     tokens = model.tokenizer(text)["input_ids"]
