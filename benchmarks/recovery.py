@@ -136,6 +136,7 @@ def run(
             made.save_pretrained(saved)
     entry: dict[str, Any] = {"method": about["method"], "layers": about["layers"]}
     entry |= {"options": {k: v for k, v in about["step"].items() if k not in ("pass", "layers")}}
+    entry |= {"calibration": calibration}
     entry |= {"row": row, "seed": seed, "tokens": 0, "minutes": 0.0}
     wait_for = os.environ.get("REWRITER_WAIT")  # for a GPU that others measure on
     while wait_for and not Path(wait_for).exists():

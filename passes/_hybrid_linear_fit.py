@@ -20,7 +20,7 @@ QUERIES = 1536  # of one site
 GATES = torch.linspace(-8, 4, 25)
 
 
-@dataclass
+@dataclass(eq=False)
 class _Sample:
     """Some queries of one sequence, and all that they see; n of them, S keys.
 
@@ -113,7 +113,7 @@ def fit_gates(
     candidates: list[Maps] = []
     rows: list[Tensor] = []
     for start in starts:
-        far = {id(s): _far(start, s) for s in samples}  # the same for all that differ in q alone
+        far = {s: _far(start, s) for s in samples}  # the same for all that differ in q alone
         made = [_fit_constant(start, fitted, far)]
         if with_gates:
             made.append(_fit_query_gate(start, fitted, far))
@@ -241,32 +241,32 @@ def _fit_key_gate(maps: Maps, samples: list[_Sample]) -> Maps:
 
 
 def _missing(
-    maps: Maps, samples: list[_Sample], far: dict[int, _Far]
+    maps: Maps, samples: list[_Sample], far: dict[_Sample, _Far]
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Queries, log of true over present far mass, and how much a query's output depends on it."""
     for s in samples:
-        _, far_total = far[id(s)]
+        _, far_total = far[s]
         y = s.far_mass - _log_factor(maps, s) - far_total.clamp_min(1e-20).log()
         share = torch.sigmoid(s.far_mass - s.near_total.log())
         yield s.q, y, share * (1 - share) + 1e-3
 
 
-def _fit_query_gate(maps: Maps, samples: list[_Sample], far: dict[int, _Far]) -> Maps:
+def _fit_query_gate(maps: Maps, samples: list[_Sample], far: dict[_Sample, _Far]) -> Maps:
     weight, bias = _ridge(_missing(maps, samples, far))
     return maps.with_({"query_gate": weight, "gate": maps.tensors["gate"] + bias})
 
 
-def _fit_constant(maps: Maps, samples: list[_Sample], far: dict[int, _Far]) -> Maps:
+def _fit_constant(maps: Maps, samples: list[_Sample], far: dict[_Sample, _Far]) -> Maps:
     terms = [((y * w).sum(-1), w.sum(-1)) for _, y, w in _missing(maps, samples, far)]
     shift = sum(y for y, _ in terms) / sum(w for _, w in terms)
     return maps.with_({"gate": maps.tensors["gate"] + shift})
 
 
-def _errors(maps: Maps, samples: list[_Sample], far: dict[int, _Far]) -> Tensor:
+def _errors(maps: Maps, samples: list[_Sample], far: dict[_Sample, _Far]) -> Tensor:
     """Squared error of every head's output for every change of its gate, [GATES, H]."""
     total = torch.zeros(len(GATES), maps.heads, device=samples[0].q.device)
     for s in samples:
-        far_y, far_total = far[id(s)]
+        far_y, far_total = far[s]
         log_factor = _log_factor(maps, s)
         for number, gate in enumerate(GATES.tolist()):
             f = (log_factor + gate).clamp(max=60).exp()

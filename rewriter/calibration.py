@@ -106,7 +106,6 @@ class Activations(Calibration):
     ) -> None:
         self.reference, self.graph, self.batches = reference, graph, batches
         self.gradient_tokens = gradient_tokens
-        self.tokens = sum(int(b[0].shape[0] * b[0].shape[1]) for b in batches)
         self.quiet = False
 
     def _module(self, nodes: list[Node]) -> tuple[GraphModule, dict[str, Node]]:
@@ -134,16 +133,15 @@ class Activations(Calibration):
         return {n: torch.cat(v) for n, v in rows.items()}
 
     def sequences(self, groups: list[list[Node]]) -> Iterator[list[dict[Node, Tensor]]]:
-        module, wanted = self._module([n for group in groups for n in group])
-        names = {n: name for name, n in wanted.items()}
-        uses = Counter(names[n] for group in groups for n in group)
+        wanted = [n for group in groups for n in group]
+        module, uses = self._module(wanted)[0], Counter(n.name for n in wanted)
         waiting = [_Waiting(walk(module, batch), Counter(uses)) for batch in self.batches]
         total = len(groups) * len(waiting)
         with tqdm(total=total, desc="activations", leave=False, disable=None) as bar:
             for group in groups:
                 values = []
                 for one in waiting:
-                    values.append({n: one.take(names[n]) for n in group})
+                    values.append({n: one.take(n.name) for n in group})
                     bar.update()
                 yield values
 

@@ -92,8 +92,6 @@ class Made:
 class Calibration(ABC):
     """Real activations of the original model, for passes that need them."""
 
-    tokens: int
-
     @abstractmethod
     def inputs(self, nodes: list[Node]) -> dict[Node, Tensor]:
         """Values of `nodes` on the calibration text: [tokens, …] with padding removed."""

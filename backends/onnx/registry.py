@@ -128,13 +128,15 @@ class Context:
 
     def share(self, past: Node) -> None:
         """The operator extends this state, or writes the next one over it, in place."""
-        name = str(past.target)
-        self.states[name] = replace(self.states[name], shared=True)
+        self._say(past, shared=True)
 
     def align(self, past: Node) -> None:
         """Where the operator keeps a token in this state depends on the padding before it."""
+        self._say(past, aligned=True)
+
+    def _say(self, past: Node, **how: bool) -> None:
         name = str(past.target)
-        self.states[name] = replace(self.states[name], aligned=True)
+        self.states[name] = replace(self.states[name], **how)  # type: ignore[arg-type]
 
 
 Lowering = Callable[[Node, Context], None]

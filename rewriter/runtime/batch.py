@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from rewriter.errors import RewriterError
-from rewriter.runtime.model import INPUTS, Array, OnnxModel, Sequence
+from rewriter.runtime.model import Array, OnnxModel, Sequence
 
 
 class Batch:
@@ -97,16 +97,10 @@ class Batch:
             )
         lengths = np.array(self.lengths)
         total = int(lengths.max()) + 1
-        given = {
-            "input_ids": tokens[:, None],
-            "attention_mask": (np.arange(total) >= total - 1 - lengths[:, None]).astype(np.int64),
-            "position_ids": lengths[:, None],
-        }
+        mask = (np.arange(total) >= total - 1 - lengths[:, None]).astype(np.int64)
         if self.binding is None:
             self._bind()
-        for name in INPUTS:
-            if (full := self.model.prefix + name) in self.model.names:
-                self.binding.bind_cpu_input(full, np.ascontiguousarray(given[name]))
+        self.model.feed(self.binding, tokens[:, None], mask, lengths[:, None])
         self.model.session.run_with_iobinding(self.binding)
         logits = self.binding.get_outputs()[0].numpy()
         self.lengths = [n + 1 for n in self.lengths]

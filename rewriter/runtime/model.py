@@ -65,6 +65,12 @@ class OnnxModel:
         """A batch of sequences that have not begun; `expected`: how long they may become."""
         return Sequence(self, batch, expected)
 
+    def feed(self, binding: Any, *given: Array) -> None:
+        """Bind tokens, mask and positions, int64, as far as the model reads them."""
+        for name, value in zip(INPUTS, given, strict=True):
+            if (full := self.prefix + name) in self.names:
+                binding.bind_cpu_input(full, np.ascontiguousarray(value))
+
     def logits(self, input_ids: Any, attention_mask: Any = None) -> Array:
         """Logits [B, L, V] (or [B, 1, V]) of whole sequences [B, L]."""
         tokens = _rows(input_ids)
@@ -190,15 +196,8 @@ class Sequence:
             self.mask = np.pad(self.mask, ((0, 0), (0, more)), constant_values=1)
         self.mask[:, self.length : total] = new
         ranks = self.seen + new.cumsum(1)
-        given = {
-            "input_ids": tokens,
-            "attention_mask": self.mask[:, :total],
-            "position_ids": np.maximum(ranks - 1, 0),
-        }
-        for name in INPUTS:
-            full = self.model.prefix + name
-            if full in self.model.names:
-                self.binding.bind_cpu_input(full, np.ascontiguousarray(given[name]))
+        positions = np.maximum(ranks - 1, 0)
+        self.model.feed(self.binding, tokens, self.mask[:, :total], positions)
         self.states.prepare(total, self.expected)
         first = self.model.about["outputs"][0]
         for name in self.model.about["outputs"]:

@@ -185,7 +185,6 @@ class Fake(Calibration):
 
     def __init__(self, graph: Graph, *inputs: Tensor, gradients: bool = True) -> None:
         self.graph, self.arguments, self.gradients = graph, inputs, gradients
-        self.tokens = inputs[0].shape[0] * inputs[0].shape[1]
         self.asked: list[int] = []
 
     def inputs(self, nodes: list[Node]) -> dict[Node, Tensor]:

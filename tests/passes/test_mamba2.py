@@ -109,7 +109,6 @@ class Text(Calibration):
     def __init__(self, graph, count=10):
         self.graph = graph
         self.data = [inputs(40 + i, 1, seed=i) for i in range(count)]
-        self.tokens = sum(x.shape[1] for x, _ in self.data)
 
     def sequences(self, groups):
         nodes = [n for group in groups for n in group]
