@@ -16,6 +16,7 @@ from torch.fx import GraphModule, Node
 
 from rewriter.calibration import walk
 from rewriter.graph import Linear, aten
+from rewriter.linear_algebra import gram, product
 
 
 @dataclass
@@ -125,25 +126,25 @@ def refit(
     streams = {name: stream(x) if residual else None for name, x in linears.items()}
     with torch.no_grad():
         for source in (n for n in module.graph.nodes if n in readers):
-            gram = drift = torch.zeros((), dtype=torch.float64)
+            total = drift = torch.zeros((), dtype=torch.float64)
             lost: dict[Node, Tensor] = {}
             for original, student in pairs:
                 exact, actual = _rows(original.until(source)), _rows(student.until(source))
-                gram = gram + (actual.T @ actual).cpu()
-                drift = drift + (actual.T @ (exact - actual)).cpu()
+                total = total + gram(actual)
+                drift = drift + product(actual, exact - actual)
                 for node in {s for n in readers[source] if (s := streams[n]) is not None}:
                     if node not in original.environment:  # it is made later: nothing is known yet
                         continue
                     gap = _rows(original.environment[node]) - _rows(student.environment[node])
                     if len(gap) == len(actual):
-                        lost[node] = lost.get(node, 0) + (actual.T @ gap).cpu()
+                        lost[node] = lost.get(node, 0) + product(actual, gap)
             for name in readers[source]:
                 found = streams[name]
-                moments = Moments(gram, drift, None if found is None else lost.get(found))
+                moments = Moments(total, drift, None if found is None else lost.get(found))
                 made = solve(name, moments)
                 if made is not None:
                     weights[linears[name].node] = made
 
 
 def _rows(value: Tensor) -> Tensor:
-    return value.reshape(-1, value.shape[-1]).double()
+    return value.reshape(-1, value.shape[-1])

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from rewriter.errors import RewriterError
 from rewriter.graph import Graph
+from rewriter.linear_algebra import gram, product
 from rewriter.protocol import Calibration
 
 SAMPLE = Path(__file__).parent / "data" / "sample.txt"
@@ -149,9 +150,8 @@ class Activations(Calibration):
         total: dict[Node, Tensor] = {}
 
         def add(node: Node, value: Tensor) -> None:
-            rows = value.reshape(-1, value.shape[-1]).double()
-            gram = rows.T @ rows
-            total[node] = total[node] + gram if node in total else gram
+            made = gram(value.reshape(-1, value.shape[-1]))
+            total[node] = total[node].add_(made) if node in total else made
 
         self._each(nodes, "Gram matrices", add)
         return total
@@ -185,9 +185,9 @@ class Activations(Calibration):
             for node, gradient in zip(kept, gradients, strict=True):
                 if gradient is None:
                     continue
-                rows = gradient.reshape(-1, gradient.shape[-1]).double()
-                gram = rows.T @ rows
-                total[node] = total[node] + gram if node in total else gram
+                rows = gradient.reshape(-1, gradient.shape[-1])
+                made = product(rows, rows)
+                total[node] = total[node].add_(made) if node in total else made
         return total
 
 

@@ -1,7 +1,8 @@
 """Low-rank approximation of a linear under input and output weights, and its rank budget.
 
 Source: SVD-LLM's objective as PCA of the outputs; the two-sided form; PIFA's pivot form
-(specs/compress.md §2.3, §2.5, §2.6). Everything here is float64.
+(specs/compress.md §2.3, §2.5, §2.6). Everything here is float64; only `product` multiplies in
+the precision of what it gets.
 """
 
 from __future__ import annotations
@@ -18,8 +19,35 @@ from torch import Tensor
 NOISE = 1e-12
 #: Share of the largest eigenvalue that the output Gram is lifted by, so that it inverts.
 OUTPUT_FLOOR = 1e-6
+#: Columns of a Gram that are multiplied at once.
+BLOCK = 256
 #: A pivot whose QR diagonal is below this share of the largest is not safe to divide by.
 PIVOT_FLOOR = 1e-4
+
+
+def gram(rows: Tensor) -> Tensor:
+    """`rowsᵀ rows`, (n, n) float64 on the CPU, of rows (tokens, n); one triangle is computed."""
+    rows = rows.double()
+    size = rows.shape[1]
+    made = rows.new_empty(size, size)
+    for start in range(0, size, BLOCK):
+        stop = min(start + BLOCK, size)
+        made[start:stop, start:] = rows[:, start:stop].T @ rows[:, start:]
+        made[stop:, start:stop] = made[start:stop, stop:].T
+    return made.cpu()
+
+
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """`leftᵀ right`, (n, m) float64 on the CPU, of rows (tokens, n) and (tokens, m).
+
+    In their own precision, at least float32, over 512 tokens at a time: an entry's relative error
+    is about 1e-6 of the norms of its two columns. For what is not inverted.
+    """
+    made = torch.zeros(left.shape[1], right.shape[1], dtype=torch.float64)
+    wide = torch.promote_types(torch.promote_types(left.dtype, right.dtype), torch.float32)
+    for a, b in zip(left.to(wide).split(512), right.to(wide).split(512), strict=True):
+        made += (a.T @ b).cpu()
+    return made
 
 
 def root(gram: Tensor) -> Tensor:
