@@ -30,6 +30,11 @@ def scan(
     ] = None,
     options: Annotated[str, typer.Option(help="Options of the pass, as JSON.")] = "{}",
     tokens: Annotated[int, typer.Option(min=2, help="Tokens that KL is measured on.")] = 2048,
+    length: Annotated[int, typer.Option(min=2, help="Tokens of a sequence of that text.")] = 512,
+    passkey_tokens: Annotated[
+        int, typer.Option(min=64, help="Tokens of the passkey prompts.")
+    ] = 430,
+    prompts: Annotated[int, typer.Option(min=1, help="Passkey prompts.")] = 2,
     count: Annotated[int | None, typer.Option(min=1, help="Layers to choose.")] = None,
     ratio: Annotated[
         float | None, typer.Option(min=0.0, max=1.0, help="Share of the layers to choose.")
@@ -58,8 +63,11 @@ def scan(
             list(data) if data else None,
             options=given,
             tokens=tokens,
+            length=length,
             count=count,
             ratio=ratio,
+            passkey_tokens=passkey_tokens,
+            prompts=prompts,
         )
         if plan is not None:
             plan.write_text(found.plan.to_yaml())

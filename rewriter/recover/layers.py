@@ -30,7 +30,7 @@ from rewriter.recover.teacher import teacher_graph
 
 #: Nats of KL that a nat of the passkey's loss counts for.
 PASSKEY = 0.05
-PROMPTS, PROMPT_TOKENS = 2, 430
+PROMPTS = 2
 FIT = 7168  # tokens of the closed-form fit
 
 
@@ -61,6 +61,8 @@ def scan(
     count: int | None = None,
     ratio: float | None = None,
     tokenizer: Any = None,
+    passkey_tokens: int = 430,
+    prompts: int = PROMPTS,
     seed: int = 0,
 ) -> Scan:
     """Rewrite every layer at once by `name`, then put them into the original one by one.
@@ -70,7 +72,9 @@ def scan(
 
     Args:
         data: text, as for recovery; a small sample without it. options: of the pass.
+        length: tokens of a sequence of that text; a window is only felt beyond its own length.
         count or ratio: how many layers to choose; a quarter without either.
+        passkey_tokens: length of the `prompts` passkey prompts, which cost a forward each.
 
     Raises RewriterError: the pass has no site, or `count` is more than there are.
     """
@@ -93,21 +97,21 @@ def scan(
     dtype = next(iter(made.graph.parameters()))[1].dtype
     frozen = Frozen(half=half_precision("auto", torch.device("cpu"), dtype))
     regions = find_regions(student, teacher, made.lock["sites"])
+    layers = _by_layer(regions)
+    wanted = count if count is not None else max(1, round((ratio or 0.25) * len(layers)))
+    if wanted > len(layers):
+        raise RewriterError(f"{wanted} layers are asked for, {len(layers)} have a site")
     tensors = {n: made.graph.tensor(n).detach() for r in regions for n in r.tensors}
     tensors = {n: t for n, t in tensors.items() if t.is_floating_point()}
     if not all("relative_error" in s["facts"] for s in made.lock["sites"]):
         windows = text.sample(FIT, length, seed)
         new, _ = fit_regions(student, teacher, regions, tensors, frozen, windows, Fit())
         tensors |= new
-    layers = _by_layer(regions)
-    prompts = passkey_examples(tokenizer, PROMPT_TOKENS, PROMPTS, seed) if tokenizer else []
-    rows = _measure(student, teacher, layers, tensors, frozen, text.held_out, prompts)
+    asked = passkey_examples(tokenizer, passkey_tokens, prompts, seed) if tokenizer else []
+    rows = _measure(student, teacher, layers, tensors, frozen, text.held_out, asked)
     for row in rows:
         row["score"] = row["kl"] + PASSKEY * max(0.0, row["passkey"] or 0.0)
     rows.sort(key=lambda r: r["score"])
-    wanted = count if count is not None else max(1, round((ratio or 0.25) * len(rows)))
-    if wanted > len(rows):
-        raise RewriterError(f"{wanted} layers are asked for, {len(rows)} have a site")
     chosen = sorted(r["layer"] for r in rows[:wanted])
     made_plan = Plan.model_validate({"steps": [{**step, "layers": chosen}], "seed": seed})
     return Scan(rows, chosen, made_plan)

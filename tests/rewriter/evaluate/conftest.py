@@ -1,26 +1,12 @@
-"""A tiny model that reads bytes, and texts to go with it."""
+"""A tiny model that reads bytes, and tokens to go with it."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import rewriter
-
-
-@pytest.fixture(scope="session")
-def tokenizer():
-    """One token a byte: 256 of them, and `<s>` before every text."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    made = Tokenizer(models.BPE({c: i for i, c in enumerate([*alphabet, "<s>"])}, []))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    from tokenizers.processors import TemplateProcessing
-
-    made.post_processor = TemplateProcessing("<s> $A", special_tokens=[("<s>", 256)])
-    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", pad_token="<s>")
 
 
 def tiny(seed: int = 0) -> LlamaForCausalLM:
