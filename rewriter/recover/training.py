@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,8 @@ def _train(
     )
     last = checkpoints(folder)[-1:] if resume else []
     trainer.train(resume_from_checkpoint=str(last[0]) if last else None)
-    new, kept = _better(trainer)
+    whole = not isinstance(stage, Transfer)  # which has another measure: every layer's error
+    new, kept = _better(trainer, trained if whole else None)
     progress = trainer.progress
     if isinstance(stage, Lora):
         weights = {n: run.tensors.get(n) for n in pairs}
@@ -103,20 +105,36 @@ def _tensor_of(module: GraphModule, name: str) -> Tensor:
     return getattr(module.get_submodule(owner), leaf)
 
 
-def _better(trainer: StageTrainer) -> tuple[dict[str, Tensor], str]:
-    """The weights as they are or their average, whichever does better on held-out text."""
-    last = trainer.result()
-    if not trainer.average:
+def _better(
+    trainer: StageTrainer, start: dict[str, Tensor] | None
+) -> tuple[dict[str, Tensor], str]:
+    """The weights as they are, their average, or those before the stage (`start`): whichever
+    does best on held-out text. The weights as they are where there is nothing else."""
+    last, seen = trainer.result(), trainer.progress.evaluations
+    began = bool(start) and bool(seen) and seen[0]["tokens"] == 0
+    if not trainer.average and not began:
         return last, "last"
-    value = trainer.perplexity()
-    parameters = trainer.stage.tensors()
-    with torch.no_grad():
-        for name, average in trainer.average.items():
-            parameters[name].copy_(average)
-    averaged = trainer.perplexity()
-    point = {"tokens": trainer.progress.tokens, "perplexity": min(value, averaged)}
-    trainer.progress.evaluations.append(point)
-    if averaged <= value:
+    found = {"last": trainer.perplexity()}
+    if trainer.average:
+        parameters = trainer.stage.tensors()
+        with torch.no_grad():
+            for name, average in trainer.average.items():
+                parameters[name].copy_(average)
+        found["average"] = trainer.perplexity()
+    if began:
+        found["start"] = seen[0]["perplexity"]
+    best = min(found, key=lambda k: (found[k] if found[k] == found[k] else float("inf"), k))
+    seen.append({"tokens": trainer.progress.tokens, "perplexity": found[best]})
+    if start and best == "start":
+        worse = min(v for k, v in found.items() if k != "start")
+        warnings.warn(
+            f"{trainer.label} made the model worse on held-out text (perplexity "
+            f"{found['start']:.4g} to {worse:.4g}): its weights are left as they were. Try more "
+            "tokens, or a lower learning_rate",
+            stacklevel=2,
+        )
+        return {n: start[n].detach().clone() for n in last}, "start"
+    if best == "average":
         return {n: t.clone() for n, t in trainer.average.items()}, "average"
     return last, "last"
 

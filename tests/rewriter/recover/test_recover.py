@@ -204,8 +204,8 @@ def test_lora_folds_exactly(tiny_llama):
     kept = {}
     plain = engine._better
 
-    def keep(trainer):
-        new, which = plain(trainer)
+    def keep(trainer, start):
+        new, which = plain(trainer, start)
         kept.update(new)
         return new, which
 
@@ -239,7 +239,8 @@ def test_fit_is_least_squares(tiny_llama):
 
 
 def test_resumed_run_is_the_same(tiny_llama, tmp_path):
-    stages = [transfer(), distil(ema=0.9)]
+    to_text = {"ce_weight": 1.0, "logits_weight": 0.0, "layer_weight": 0.0}
+    stages = [transfer(), distil(ema=0.9, **to_text)]
     options = {**FAST, "checkpoint_steps": 7, "evaluations": 2}
     whole = rewritten(tiny_llama)
     recover(whole, tiny_llama, stages, text(), **options)
@@ -264,6 +265,7 @@ def test_resumed_run_is_the_same(tiny_llama, tmp_path):
     assert checkpoints(tmp_path / "w/2-distil")[-1].name == "checkpoint-14"
     again = rewritten(tiny_llama)
     recover(again, tiny_llama, stages, text(), work=tmp_path / "w", resume=True, **options)
+    assert whole.report["recovery"]["stages"][1]["kept"] != "start"
     for stage in (0, 1):
         one, two = curve(whole, stage), curve(again, stage)
         assert len(one) == len(two)
@@ -313,6 +315,19 @@ def test_divergence_stops(tiny_llama):
     wild = transfer(learning_rate={"new": 3.0, "copied": 3.0}, tokens=400 * LENGTH, clip=1e3)
     with pytest.raises(Diverged):
         recover(made, tiny_llama, [wild], text(), **FAST)
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.5])
+def test_a_stage_that_makes_it_worse_changes_nothing(tiny_llama, ema):
+    made = rewritten(tiny_llama)
+    before = tensors(made)
+    stage = distil(tokens=4 * LENGTH, ema=ema, learning_rate={"new": 0.3, "copied": 0.3})
+    with pytest.warns(UserWarning, match="made the model worse on held-out text"):
+        recover(made, tiny_llama, [stage], text(), **FAST | {"evaluations": 1})
+    assert all(torch.equal(t, made.graph.tensor(n)) for n, t in before.items())
+    (facts,) = made.report["recovery"]["stages"]
+    assert facts["kept"] == "start"
+    assert facts["evaluations"][-1]["perplexity"] == facts["evaluations"][0]["perplexity"]
 
 
 def test_shared_memory(tiny_llama, tmp_path):
