@@ -305,3 +305,22 @@ def test_an_op_without_a_lowering_is_named() -> None:
     fx.output(fx.call_function(torch.ops.rewriter.gated_rms_norm.default, (x, None, x, 1e-6, 1)))
     with pytest.raises(RewriterError, match="gated_rms_norm"):
         lower_nodes(Context(fx, {}, "fused", capabilities()))
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_a_dimension_that_the_graph_fixes(fixed: bool, tmp_path, monkeypatch) -> None:
+    """Equal sizes of inputs are traced as one dimension, and again where that is not so."""
+    constant, traced, export = torch.randn(3, 1), [], torch.export.export
+
+    def function(x, y):
+        return (x + constant) * y if fixed else x * y
+
+    def counted(*args, **options):
+        traced.append(options["dynamic_shapes"])
+        return export(*args, **options)
+
+    monkeypatch.setattr(torch.export, "export", counted)
+    run = session(function, (torch.randn(3, 5), torch.randn(3, 5)), [(0, 1), (0, 1)], tmp_path)
+    assert traced[0][0] == traced[0][1] and len(traced) == 1 + fixed
+    x, y = torch.randn(3, 8), torch.randn(3, 8)
+    assert relative(run.run(None, {"x0": x.numpy(), "x1": y.numpy()})[0], function(x, y)) < 1e-6
