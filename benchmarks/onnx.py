@@ -126,6 +126,7 @@ def openvino_folder(weights: str) -> Path:
     folder = WORK / f"models/openvino-{weights}"
     install("openvino", "nncf", "openvino-tokenizers")
     install("optimum-intel", "optimum", dependencies=False)
+    install("datasets==4.4.1", dependencies=False)  # ours needs a newer huggingface_hub
     python = install("transformers==5.5.4", "huggingface_hub==1.21.0", "tokenizers==0.22.2")
     if not (folder / "openvino_model.xml").exists():
         shutil.rmtree(folder, ignore_errors=True)
