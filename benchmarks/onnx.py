@@ -95,12 +95,8 @@ def run(python: Path, *command: Any) -> None:
 
 def install(*packages: str, dependencies: bool = True) -> Path:
     python = environment()
-    found = subprocess.run(
-        [python, "-m", "pip", "show", "-q", *packages], capture_output=True, check=False
-    )
-    if found.returncode:
-        extra = [] if dependencies else ["--no-deps"]
-        run(python, "pip", "install", "-q", *extra, *packages)
+    extra = [] if dependencies else ["--no-deps"]
+    run(python, "pip", "install", "-q", *extra, *packages)
     return python
 
 
@@ -125,8 +121,8 @@ def openvino_folder(weights: str) -> Path:
     """SmolLM2 by optimum-intel; its torchvision would replace our torch, so it is left out."""
     folder = WORK / f"models/openvino-{weights}"
     install("openvino", "nncf", "openvino-tokenizers")
-    install("optimum-intel", "optimum", dependencies=False)
-    install("datasets==4.4.1", dependencies=False)  # ours needs a newer huggingface_hub
+    # Our own datasets needs a newer huggingface_hub than that transformers takes.
+    install("optimum-intel", "optimum", "datasets==4.4.1", dependencies=False)
     python = install("transformers==5.5.4", "huggingface_hub==1.21.0", "tokenizers==0.22.2")
     if not (folder / "openvino_model.xml").exists():
         shutil.rmtree(folder, ignore_errors=True)

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from rewriter.errors import RewriterError
 from rewriter.graph import Graph
-from rewriter.linear_algebra import gram, product
+from rewriter.linear_algebra import gram
 from rewriter.protocol import Calibration
 
 SAMPLE = Path(__file__).parent / "data" / "sample.txt"
@@ -148,12 +148,7 @@ class Activations(Calibration):
 
     def grams(self, nodes: list[Node]) -> dict[Node, Tensor]:
         total: dict[Node, Tensor] = {}
-
-        def add(node: Node, value: Tensor) -> None:
-            made = gram(value.reshape(-1, value.shape[-1]))
-            total[node] = total[node].add_(made) if node in total else made
-
-        self._each(nodes, "Gram matrices", add)
+        self._each(nodes, "Gram matrices", lambda n, v: _add_gram(total, n, v))
         return total
 
     def output_grams(self, nodes: list[Node]) -> dict[Node, Tensor]:
@@ -183,12 +178,14 @@ class Activations(Calibration):
                 loss = torch.nn.functional.cross_entropy(flat, labels, reduction="sum")
                 gradients = torch.autograd.grad(loss, list(kept.values()), allow_unused=True)
             for node, gradient in zip(kept, gradients, strict=True):
-                if gradient is None:
-                    continue
-                rows = gradient.reshape(-1, gradient.shape[-1])
-                made = product(rows, rows)
-                total[node] = total[node].add_(made) if node in total else made
+                if gradient is not None:
+                    _add_gram(total, node, gradient)
         return total
+
+
+def _add_gram(total: dict[Node, Tensor], node: Node, value: Tensor) -> None:
+    made = gram(value.reshape(-1, value.shape[-1]))
+    total[node] = total[node].add_(made) if node in total else made
 
 
 # ---- text ---------------------------------------------------------------------------------

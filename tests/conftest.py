@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,30 @@ def tokenizer():
     made.decoder = decoders.ByteLevel()
     made.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 256)])
     return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", pad_token="<s>")
+
+
+@pytest.fixture(scope="session")
+def byte_llama() -> Callable[[int], LlamaForCausalLM]:
+    """Of a seed, a model of two layers that reads the tokenizer's bytes."""
+
+    def made(seed: int) -> LlamaForCausalLM:
+        torch.manual_seed(seed)
+        config = LlamaConfig(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            vocab_size=257,
+            initializer_range=0.2,
+            max_position_embeddings=4096,
+            bos_token_id=256,
+            eos_token_id=256,
+            pad_token_id=256,
+        )
+        return LlamaForCausalLM(config).eval()
+
+    return made
 
 
 @pytest.fixture(scope="session")

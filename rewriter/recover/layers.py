@@ -30,7 +30,6 @@ from rewriter.recover.teacher import teacher_graph
 
 #: Nats of KL that a nat of the passkey's loss counts for.
 PASSKEY = 0.05
-PROMPTS = 2
 FIT = 7168  # tokens of the closed-form fit
 
 
@@ -62,7 +61,7 @@ def scan(
     ratio: float | None = None,
     tokenizer: Any = None,
     passkey_tokens: int = 430,
-    prompts: int = PROMPTS,
+    prompts: int = 2,
     seed: int = 0,
 ) -> Scan:
     """Rewrite every layer at once by `name`, then put them into the original one by one.

@@ -152,14 +152,21 @@ def _finish(
         place(model.graph.module, name, nn.Parameter(new.clone()))
         hashes[name] = tensor_hash(new)
     model.config.recovery = "recovered"
+    unhelpful = [
+        f"{stage['stage']} made the model worse on held-out text, so its weights are left as they "
+        "were before it: give it more tokens, or a lower learning_rate"
+        for stage in report["stages"]
+        if stage.get("kept") == "start"
+    ]
     model.report = {
         **model.report,
         "status": "recovered",
+        "warnings": [*dict.fromkeys([*model.report.get("warnings", []), *unhelpful])],
         "recovery": report,
         "whole": {
             "perplexity_before": report["perplexity"].get("original"),
             "perplexity_after": report["perplexity"]["end"],
         },
     }
-    kept = {k: report[k] for k in ("data", "tokens", "seconds", "precision", "perplexity")}
-    model.lock = {**model.lock, "tensors": hashes, "recovery": settings | kept}
+    about = {k: report[k] for k in ("data", "tokens", "seconds", "precision", "perplexity")}
+    model.lock = {**model.lock, "tensors": hashes, "recovery": settings | about}

@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -123,16 +122,10 @@ def _better(
         found["average"] = trainer.perplexity()
     if began:
         found["start"] = seen[0]["perplexity"]
-    best = min(found, key=lambda k: (found[k] if found[k] == found[k] else float("inf"), k))
+    finite = {k: v for k, v in found.items() if v == v}
+    best = min(finite, key=finite.__getitem__)
     seen.append({"tokens": trainer.progress.tokens, "perplexity": found[best]})
     if start and best == "start":
-        worse = min(v for k, v in found.items() if k != "start")
-        warnings.warn(
-            f"{trainer.label} made the model worse on held-out text (perplexity "
-            f"{found['start']:.4g} to {worse:.4g}): its weights are left as they were. Try more "
-            "tokens, or a lower learning_rate",
-            stacklevel=2,
-        )
         return {n: start[n].detach().clone() for n in last}, "start"
     if best == "average":
         return {n: t.clone() for n, t in trainer.average.items()}, "average"

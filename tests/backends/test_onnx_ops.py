@@ -321,6 +321,7 @@ def test_a_dimension_that_the_graph_fixes(fixed: bool, tmp_path, monkeypatch) ->
 
     monkeypatch.setattr(torch.export, "export", counted)
     run = session(function, (torch.randn(3, 5), torch.randn(3, 5)), [(0, 1), (0, 1)], tmp_path)
+    assert torch.export.Dim.AUTO not in traced[0][0].values()
     assert traced[0][0] == traced[0][1] and len(traced) == 1 + fixed
     x, y = torch.randn(3, 8), torch.randn(3, 8)
     assert relative(run.run(None, {"x0": x.numpy(), "x1": y.numpy()})[0], function(x, y)) < 1e-6

@@ -322,11 +322,11 @@ def test_a_stage_that_makes_it_worse_changes_nothing(tiny_llama, ema):
     made = rewritten(tiny_llama)
     before = tensors(made)
     stage = distil(tokens=4 * LENGTH, ema=ema, learning_rate={"new": 0.3, "copied": 0.3})
-    with pytest.warns(UserWarning, match="made the model worse on held-out text"):
-        recover(made, tiny_llama, [stage], text(), **FAST | {"evaluations": 1})
+    recover(made, tiny_llama, [stage], text(), **FAST | {"evaluations": 1})
     assert all(torch.equal(t, made.graph.tensor(n)) for n, t in before.items())
     (facts,) = made.report["recovery"]["stages"]
     assert facts["kept"] == "start"
+    assert "made the model worse on held-out text" in made.report["warnings"][-1]
     assert facts["evaluations"][-1]["perplexity"] == facts["evaluations"][0]["perplexity"]
 
 

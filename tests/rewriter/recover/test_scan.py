@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import rewriter
 from rewriter.cli import run
@@ -23,20 +22,8 @@ MEASURED = {"tokens": 2 * LENGTH, "length": LENGTH}
 
 
 @pytest.fixture(scope="module")
-def model() -> LlamaForCausalLM:
-    """Reads bytes; large weights, so that layers differ in what they cost."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=257,
-        initializer_range=0.2,
-        pad_token_id=256,
-    )
-    return LlamaForCausalLM(config).eval()
+def model(byte_llama):
+    return byte_llama(0)
 
 
 @pytest.fixture(scope="module")
